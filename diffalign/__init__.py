@@ -1,0 +1,42 @@
+"""diffalign: align diffusion models with rewards and preferences."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from diffalign._links import check_links
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from diffalign.api import align, load
+    from diffalign.contract import reward
+    from diffalign.errors import InputError
+    from diffalign.models import make_policy
+    from diffalign.run import Run
+    from diffalign.sampling import ddim, flow_sde, rollout, transition
+
+__all__ = ["InputError", "Run", "align", "ddim", "flow_sde", "load", "make_policy", "reward", "rollout", "transition"]
+
+check_links()
+
+_HOMES = {
+    "InputError": "errors",
+    "Run": "run",
+    "align": "api",
+    "ddim": "sampling",
+    "flow_sde": "sampling",
+    "load": "api",
+    "make_policy": "models",
+    "reward": "contract",
+    "rollout": "sampling",
+    "transition": "sampling",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: torch takes seconds."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'diffalign' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"diffalign.{_HOMES[name]}"), name)

@@ -1,0 +1,105 @@
+"""The Python API: `align` trains, `load` opens what was trained; and what the command line does with a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffalign import registry
+from diffalign.config import LIVE, Plan, resolve
+from diffalign.console import say
+from diffalign.data import check_prompts, read_prompts
+from diffalign.errors import InputError
+from diffalign.media import read_image
+from diffalign.models import make_policy
+from diffalign.preflight import Finding, preflight
+from diffalign.run import Run
+from diffalign.session import check_reward, eval_rewards, evaluate_into, named_rewards, prompt_lists, start
+from diffalign.types import Prompts
+
+
+def align(
+    pipe: Any = "shapes",
+    *,
+    method: str = "draft",
+    reward: Any = None,
+    prompts: str | Sequence[str] | None = None,
+    eval_prompts: str | Sequence[str] | None = None,
+    output: str | Path | None = None,
+    **given: Any,
+) -> Run:
+    """Align a diffusion model with a reward, and return the finished run.
+
+    `pipe` is a live diffusers pipeline (trained in place), a Hub id, a folder, or 'shapes'. `reward` is a name, or a callable
+    `(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`. `prompts` is a list, or what `--prompts` takes. Everything else is a setting
+    (`steps=`, `learning_rate=`, `lora={"rank": 8}`, ...) or a field of the method (`k=`, `inference_steps=`, ...), as in config.yaml.
+
+    Raises InputError for anything that cannot work, where possible before a model is loaded.
+    """
+    live = None if isinstance(pipe, str) else pipe
+    object_reward = None if reward is None or isinstance(reward, str) else reward
+    method_class, _ = registry.find("methods", method)
+    method_fields = {f.name for f in fields(method_class)}
+    settings = {k: v for k, v in given.items() if k not in method_fields}
+    nested: dict[str, Any] = {"method": {"name": method, **{k: v for k, v in given.items() if k in method_fields}}, **settings}
+    nested["pipeline"] = LIVE if live is not None else pipe
+    if isinstance(reward, str):
+        nested["reward"] = {"name": reward}
+    lists = {"prompts": prompts, "eval_prompts": eval_prompts}
+    nested |= {name: value for name, value in lists.items() if isinstance(value, str)}
+    plan = resolve(nested, object_reward)
+    return start(plan, output, live, *(None if v is None or isinstance(v, str) else check_prompts(list(v)) for v in lists.values()))
+
+
+def load(path: str | Path, pipe: Any = None) -> Run:
+    """Open a run folder: `.pipeline` is the trained diffusers pipeline, `.metrics` and `.evaluation` what was measured.
+
+    `pipe` is the base pipeline of a run that was made from a live object; its LoRA is loaded into it.
+    """
+    if pipe is not None:
+        pipe.load_lora_weights(str(Run.open(path)._weights("lora")), adapter_name="default")
+    return Run.open(path, pipe)
+
+
+def evaluate_run(
+    run: Run,
+    rewards: Sequence[str] | None = None,
+    prompts: str | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+    output: str | Path | None = None,
+) -> None:
+    """Evaluate a finished run on held-out prompts, by default as its training did at its end; print the table and write it."""
+    plan = run.plan
+    checked = named_rewards(rewards) if rewards else eval_rewards(plan)
+    texts = read_prompts(prompts or str(run.path / "prompts" / "heldout.txt"), "heldout")
+    limit = plan.settings.eval_size if limit is None else limit
+    if limit < 1:
+        raise InputError(f"--limit is {limit}: give 1 or more.")
+    target = Path(output).expanduser() if output else run.path / "eval.json"
+    seed = plan.settings.seed + 1 if seed is None else seed
+    evaluate_into(plan, run.policy, checked, texts[:limit], seed, target, target.with_suffix(".png"))
+    say(f"Written: {target} and {target.with_suffix('.png')}")
+
+
+def score_files(reward: str, files: Sequence[Path], prompt: str | None = None) -> Iterator[tuple[Path, float]]:
+    """`(file, score)` of each picture; the pictures may differ in size."""
+    (checked,) = named_rewards([reward])
+    if prompt is None:
+        say("No --prompt: scored as if the prompt were empty.")
+    pictures = [read_image(file) for file in files]
+    for file, picture in zip(files, pictures, strict=True):
+        with torch.no_grad():
+            yield file, float(checked(picture[None], Prompts((prompt or "",))))
+
+
+def check(plan: Plan) -> Iterator[Finding]:
+    """The preflight of a plan: see `diffalign.preflight`."""
+    prompts, _ = prompt_lists(plan.settings, None, None)
+    policy = make_policy(plan.settings)
+    check_reward(plan, policy, prompts)
+    yield from preflight(plan, policy, prompts)

@@ -1,0 +1,295 @@
+"""The command line. Everything heavy is imported by the command that needs it, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diffalign
+from diffalign.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from diffalign.config import Plan
+
+COMMANDS = {
+    "train": "align a model with a reward",
+    "sample": "pictures of a prompt, before and after",
+    "eval": "held-out rewards of a run, before and after",
+    "score": "score pictures that exist",
+    "check": "preflight: would this training learn?",
+    "list": "methods, rewards and pipelines, with what each needs",
+    "doctor": "versions, devices, extras",
+}
+HELP = f"""usage: diffalign COMMAND [options]        (diffalign COMMAND --help)
+
+Align diffusion models with rewards and preferences.
+
+{chr(10).join(f"  {name:8}{about}" for name, about in COMMANDS.items())}
+
+examples:
+  diffalign train --method draft                      the embedded model 'shapes', about a minute on two cores
+  diffalign train --method draft --pipeline FOLDER --reward file.py:my_reward --prompts prompts.txt
+  diffalign sample runs/NAME --prompt "a red circle on a blue background"
+
+  --debug shows the traceback of an error; --version"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 for success, 2 for bad input, 128 + signal where one stopped it, 1 for a fault of ours."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        return _dispatch(arguments)
+    except InputError as error:
+        return _fail(str(error), 2, debug)
+    except KeyboardInterrupt:
+        return _fail("Interrupted.", 130, debug)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        full = " The disk is full: make room; what was saved before is whole." if error.errno == errno.ENOSPC else ""
+        return _fail(f"{error}.{full}", 2, debug)
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            return _fail(f"Out of memory ({str(error).splitlines()[0]}). Lower --batch-size, and raise --accumulate.", 2, debug)
+        return _fail(f"{type(error).__name__}: {error}\nThis is a fault in diffalign or in a plug-in; --debug shows where.", 1, debug)
+
+
+def _fail(message: str, status: int, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0 if arguments else 2
+    command, rest = arguments[0], arguments[1:]
+    if command in ("--version", "-V"):
+        print(f"diffalign {diffalign.__version__}")
+        return 0
+    if command not in COMMANDS:
+        raise InputError(f"There is no command '{command}'. {nearest(command, COMMANDS)}")
+    run: Callable[[list[str]], int] = {
+        "train": _train, "sample": _sample, "eval": _eval, "score": _score, "check": _check, "list": _list, "doctor": _doctor,
+    }[command]  # fmt: skip
+    return run(rest)
+
+
+def _parser(command: str, example: str) -> argparse.ArgumentParser:
+    about = COMMANDS[command]
+    return argparse.ArgumentParser(
+        f"diffalign {command}", description=about[0].upper() + about[1:] + ".", epilog=f"example: {example}", allow_abbrev=False
+    )
+
+
+def _normal(arguments: list[str]) -> list[str]:
+    """Flags as the parser knows them: `--batch-size` is batch_size, `--method NAME` method.name, a bare `--full` true."""
+    normal: list[str] = []
+    for i, argument in enumerate(arguments):
+        if not argument.startswith("--"):
+            normal.append(argument)
+            continue
+        flag, equals, value = argument.partition("=")
+        flag = "--" + flag[2:].replace("-", "_")
+        flag = {"--method": "--method.name", "--reward": "--reward.name"}.get(flag, flag)
+        bare = flag == "--full" and not equals and arguments[i + 1 : i + 2] not in (["true"], ["false"])
+        normal.append("--full=true" if bare else flag + equals + value)
+    return normal
+
+
+def _value(arguments: list[str], flag: str) -> str | None:
+    """The last value of a flag, `--flag value` or `--flag=value`."""
+    found = None
+    for i, argument in enumerate(arguments):
+        if argument == flag and i + 1 < len(arguments):
+            found = arguments[i + 1]
+        elif argument.startswith(flag + "="):
+            found = argument.partition("=")[2]
+    return found
+
+
+def _plan(arguments: list[str], command: str) -> tuple[Plan, str | None] | None:
+    """The plan of a train or check command line and its --output; None where help or the configuration was asked for, and printed."""
+    from diffalign.config import Names, build_parser, flat, names_of, nested, parse, read_config, settle
+
+    arguments = _normal(arguments)
+    file = _value(arguments, "--config")
+    config = nested(read_config(file)) if file else {}
+    flags = {"method": "--method.name", "reward": "--reward.name", "pipeline": "--pipeline"}
+    said = {key: value for key, flag in flags.items() if (value := _value(arguments, flag)) is not None}
+    names: Names = names_of({**config, **said})
+    parser = build_parser(names, f"diffalign {command}")
+    if {"-h", "--help"} & set(arguments):
+        print(_train_help(parser.format_help(), command))
+        return None
+    if config:
+        parse(parser, lambda: parser.parse_object(config))
+        same = {k: v for k, v in config.items() if not (k in said and isinstance(v, dict) and v.get("name") != said[k])}
+        parser.set_defaults({k: v for k, v in flat(same).items() if k not in ("method.name", "reward.name")})
+    show = "--print_config" in arguments
+    parsed = parse(parser, lambda: parser.parse_args([a for a in arguments if a != "--print_config"]))
+    output = parsed.pop("output")
+    plan = settle(parsed, names)
+    if show:
+        import yaml
+
+        print(yaml.safe_dump(plan.config(), sort_keys=False), end="")
+        return None
+    return plan, output
+
+
+def _train_help(text: str, command: str) -> str:
+    text = re.sub(r"--(method|reward)\.name NAME", r"--\1 NAME", text)
+    text = re.sub(r"^  --lora CONFIG .*\n", "", text, flags=re.MULTILINE)
+    text = re.sub(r", --[\w.]+\+ \w+", "", text)
+    text = re.sub(r"--[\w.]+", lambda m: m[0].replace("_", "-"), text)
+    text = text.replace("--full {true,false}", "--full")
+    resume = "  --resume DIR          Go on with an interrupted run (alone, or with --steps N).\n" if command == "train" else ""
+    text = text.replace("options:\n", f"options:\n{resume}  --print-config        Show the resolved settings as YAML, and stop.\n", 1)
+    return f"{text}\nexample: diffalign {command} --method draft --steps 100 --seed 1 --lora.rank 4"
+
+
+def _quiet() -> None:
+    """Nothing on the screen that the person did not ask for."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+
+
+def _train(arguments: list[str]) -> int:
+    _quiet()
+    if _value(arguments, "--resume") is not None or "--resume" in arguments:
+        return _resume(arguments)
+    resolved = _plan(arguments, "train")
+    if resolved is None:
+        return 0
+    from diffalign.session import start
+
+    return _stoppable(lambda: start(*resolved))
+
+
+def _resume(arguments: list[str]) -> int:
+    parser = _parser("train", "diffalign train --resume runs/NAME --steps 200")
+    parser.add_argument("--resume", required=True, metavar="DIR", help="the run folder")
+    parser.add_argument("--steps", type=int, help="another number of optimiser steps than the run's")
+    chosen = parser.parse_args(arguments)
+    from diffalign.session import resume
+
+    return _stoppable(lambda: resume(chosen.resume, chosen.steps))
+
+
+def _stoppable(work: Callable[[], Any]) -> int:
+    from diffalign.session import Stopped
+
+    try:
+        work()
+    except Stopped as stop:
+        print(f"Stopped at step {stop.step}, saved. Go on: diffalign train --resume {stop.path}", file=sys.stderr)
+        return 128 + stop.signum
+    return 0
+
+
+def _sample(arguments: list[str]) -> int:
+    parser = _parser("sample", 'diffalign sample runs/NAME --prompt "a red circle on a blue background" --lora-scale 0.6')
+    parser.add_argument("run", help="the run folder")
+    parser.add_argument("--prompt", action="append", required=True, help="again for several")
+    parser.add_argument("--lora-scale", type=float, default=1.0, help="how much of the LoRA: 0 is the base model, 1 what was trained")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--steps", type=int, help="denoising steps; by default the run's")
+    parser.add_argument("--output", help="folder of the pictures; by default RUN/samples")
+    chosen = parser.parse_args(arguments)
+    _quiet()
+    from diffalign.data import check_prompts
+    from diffalign.run import Run
+
+    for path in Run.open(chosen.run).sample(
+        check_prompts(chosen.prompt), seed=chosen.seed, steps=chosen.steps, lora_scale=chosen.lora_scale, output=chosen.output
+    ):
+        print(path)
+    return 0
+
+
+def _eval(arguments: list[str]) -> int:
+    parser = _parser("eval", "diffalign eval runs/NAME --reward shapes-checker jpeg-compressibility --prompts prompts.txt")
+    parser.add_argument("run", help="the run folder")
+    parser.add_argument("--reward", nargs="+", metavar="NAME", help="by default the run's")
+    parser.add_argument("--prompts", help="a prompt file; by default the run's held-out prompts")
+    parser.add_argument("--limit", type=int, help="use so many prompts; by default the run's eval_size")
+    parser.add_argument("--seed", type=int, help="of the noise; by default the run's")
+    parser.add_argument("--output", help="where to write; by default RUN/eval.json")
+    chosen = parser.parse_args(arguments)
+    _quiet()
+    from diffalign.api import evaluate_run
+    from diffalign.run import Run
+
+    evaluate_run(Run.open(chosen.run), chosen.reward, chosen.prompts, chosen.limit, chosen.seed, chosen.output)
+    return 0
+
+
+def _score(arguments: list[str]) -> int:
+    parser = _parser("score", 'diffalign score --reward shapes-clip picture.png --prompt "a red circle"')
+    parser.add_argument("files", nargs="+", metavar="FILE", help="pictures")
+    parser.add_argument("--reward", required=True, metavar="NAME")
+    parser.add_argument("--prompt", help="the prompt of all the pictures, for a reward that reads one")
+    chosen = parser.parse_args(arguments)
+    _quiet()
+    from diffalign.api import score_files
+
+    for file, value in score_files(chosen.reward, [Path(f) for f in chosen.files], chosen.prompt):
+        print(f"{value:.6g}\t{file}")
+    return 0
+
+
+def _check(arguments: list[str]) -> int:
+    _quiet()
+    resolved = _plan(arguments, "check")
+    if resolved is None:
+        return 0
+    from diffalign.api import check
+
+    failed = 0
+    for finding in check(resolved[0]):
+        mark = {True: "ok  ", False: "FAIL", None: "    "}[finding.passed]
+        failed += finding.passed is False
+        print(f"{mark}  {finding.name}: {finding.text}", flush=True)
+    return 1 if failed else 0
+
+
+def _list(arguments: list[str]) -> int:
+    parser = _parser("list", "diffalign list rewards")
+    parser.add_argument("what", choices=["methods", "rewards", "pipelines"])
+    from diffalign.registry import installed, table
+
+    rows = sorted(table(parser.parse_args(arguments).what).items())
+    wide = max(len(name) for name, _ in rows)
+    for name, entry in rows:
+        missing = "" if installed(entry) else f"  (not installed: pip install 'diffalign[{entry.extra}]')"
+        print(f"{name:{wide}}  {entry.facts:22}{entry.summary}{missing}")
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    _parser("doctor", "diffalign doctor").parse_args(arguments)
+    _quiet()
+    from diffalign.doctor import report
+
+    for line in report():
+        print(line, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

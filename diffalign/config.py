@@ -1,0 +1,318 @@
+"""Settings of a training, and how they are resolved: defaults < method < embedded model < config file < what the user says."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import typing
+from argparse import SUPPRESS
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import docstring_parser
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from diffalign import registry
+from diffalign.contract import CheckedReward, FunctionReward, as_reward, short_name
+from diffalign.errors import InputError, nearest
+from diffalign.lora import LoRA
+from diffalign.types import Method
+
+LIVE = "live object"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Training."""
+
+    pipeline: str = "shapes"
+    """Model to align: shapes (embedded), a Hub id, or a folder in diffusers layout."""
+    revision: str | None = None
+    """Revision of a Hub model."""
+    prompts: str | None = None
+    """Training prompts: a .txt or .jsonl file, shapes, or hf:user/dataset/file.txt."""
+    eval_prompts: str | None = None
+    """Held-out prompts; by default a tenth of the prompts is held out."""
+    eval_rewards: list[str] | None = None
+    """Rewards of the evaluation; by default the one that is trained on."""
+    eval_size: int = 64
+    """Held-out prompts to evaluate on, before and after; 0 for no evaluation."""
+    guidance_scale: float = 7.5
+    """Classifier-free guidance, in sampling and in training; 1 for none."""
+    negative_prompt: str = ""
+    """Prompt of the unconditional branch."""
+    height: int | None = None
+    """Height of the pictures in pixels; by default the model's own."""
+    width: int | None = None
+    """Width of the pictures in pixels; by default the model's own."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the network; LoRA weights, log-probabilities and the VAE stay fp32."""
+    device: str | None = None
+    """By default cuda, mps or cpu, the first there is."""
+    full: bool = False
+    """Train all of the network instead of a LoRA."""
+    lora: LoRA = field(default_factory=LoRA)
+    steps: int = 100
+    """Optimiser steps."""
+    batch_size: int = 4
+    """Samples of one forward, for each process."""
+    accumulate: int = 1
+    """Batches that are averaged into one optimiser step."""
+    learning_rate: float = 1e-4
+    """Of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW."""
+    weight_decay: float = 0.0
+    """Of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    lr_schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    """Schedule of the learning rate."""
+    warmup_steps: int = 0
+    """Steps until the learning rate is whole."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the trained weights, which is then what is saved."""
+    seed: int = 0
+    """Of everything that is drawn."""
+    checkpoint_every: int = 100
+    """Optimiser steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """The newest that are kept."""
+    sample_every: int | None = None
+    """Optimiser steps between sample pictures; by default a quarter of the steps."""
+    sample_steps: int | None = None
+    """Denoising steps of sample pictures and evaluation; by default the method's."""
+    log: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    """Trackers besides metrics.jsonl, each with its extra."""
+
+    def __post_init__(self) -> None:
+        whole = dict(steps=1, batch_size=1, accumulate=1, eval_size=0, warmup_steps=0, checkpoint_every=1, keep_checkpoints=1)
+        for name, least in whole.items():
+            if vars(self)[name] < least:
+                raise InputError(f"{name} is {vars(self)[name]}: give {least} or more.")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not 0 < vars(self)[name] < float("inf"):
+                raise InputError(f"{name} is {vars(self)[name]}: give a number above 0.")
+        for name in ("sample_every", "sample_steps"):
+            if vars(self)[name] is not None and vars(self)[name] < 1:
+                raise InputError(f"{name} is {vars(self)[name]}: give 1 or more.")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise InputError(f"ema is {self.ema}: give a decay between 0 and 1, such as 0.99.")
+        if not 0 <= self.guidance_scale < float("inf"):
+            raise InputError(f"guidance_scale is {self.guidance_scale}: give 1 (none) or more.")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed is {self.seed}: give a whole number from 0.")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training with every value settled."""
+
+    settings: Settings
+    method_name: str
+    method: Method
+    reward_name: str | None
+    reward: CheckedReward | None
+    reward_fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def sample_steps(self) -> int:
+        """Denoising steps of pictures and evaluation."""
+        return self.settings.sample_steps or vars(self.method).get("inference_steps", 50)
+
+    def config(self) -> dict[str, Any]:
+        """Nested plain values: what config.yaml holds and `--config` reads."""
+        assert is_dataclass(self.method)
+        settings = asdict(self.settings)
+        settings["betas"] = list(self.settings.betas)
+        return {
+            "method": {"name": self.method_name, **asdict(self.method)},
+            "reward": {"name": self.reward_name, **self.reward_fields},
+            **settings,
+        }
+
+
+def model_preset(pipeline: str, method: str) -> dict[str, Any]:
+    """The settings that an embedded model brings along for a method (`assets/<model>.yaml`)."""
+    if pipeline not in registry.MODELS:
+        return {}
+    preset = yaml.safe_load(registry.MODELS[pipeline].with_suffix(".yaml").read_text())
+    special = preset.pop("methods", {}).get(method, {})
+    return _merge(preset, special)
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        inner = merged.get(key)
+        merged[key] = _merge(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def parameters(thing: Any) -> dict[str, tuple[Any, Any, str]]:
+    """`name -> (type, default, help)` of a class's constructor; nothing for a function, which has been made already."""
+    if not isinstance(thing, type):
+        return {}
+    hints = typing.get_type_hints(thing if is_dataclass(thing) else thing.__init__)
+    about = {p.arg_name: " ".join((p.description or "").split()) for p in docstring_parser.parse_from_object(thing).params}
+    settled = {f.name for f in fields(thing) if not f.init} if is_dataclass(thing) else set()
+    named = {n: p for n, p in inspect.signature(thing).parameters.items() if n not in settled and p.kind is not p.VAR_KEYWORD}
+    return {n: (hints.get(n, Any), p.default, about.get(n, "")) for n, p in named.items()}
+
+
+@dataclass(frozen=True)
+class Names:
+    """What must be known before the flags are: whose flags they are."""
+
+    method: str
+    pipeline: str
+    reward: str | None
+
+
+def build_parser(names: Names, prog: str = "diffalign train") -> ArgumentParser:
+    """The parser of one training: the settings' flags, and those of the named method and reward, with their defaults layered."""
+    method, method_fields = registry.find("methods", names.method)
+    parser = ArgumentParser(prog=prog, exit_on_error=False, usage=f"{prog} [--method NAME] [--pipeline P] [--reward NAME] [options]")
+    parser.add_argument("--config", type=str | None, default=None, metavar="FILE", help="YAML file with these same names.")
+    parser.add_argument("--output", type=str | None, default=None, metavar="DIR", help="Run folder; by default a new one in runs/.")
+    parser.add_argument("--versions", type=dict, default=None, help=SUPPRESS)
+    parser.add_class_arguments(Settings, None)
+    parser.add_argument("--method.name", type=str, default=names.method, help="See: diffalign list methods.")
+    parser.add_argument("--reward.name", type=str | None, default=names.reward, help="See: diffalign list rewards.")
+    for name, (kind, default, about) in parameters(method).items():
+        parser.add_argument(f"--method.{name}", type=kind, default=default, help=about)
+    reward, reward_fields = registry.find("rewards", names.reward) if names.reward else (None, {})
+    for name, (kind, default, about) in parameters(reward).items():
+        parser.add_argument(f"--reward.{name}", type=kind, default=default, help=about)
+    layered = _merge(dict(method.defaults), model_preset(names.pipeline, names.method))
+    layered = _merge(layered, {"method": {**layered.get("method", {}), **method_fields}})
+    layered["reward"] = {"name": names.reward, **reward_fields}
+    parser.set_defaults(flat(layered))
+    about = {f"{p.arg_name}": " ".join((p.description or "").split()) for p in docstring_parser.parse_from_object(Settings).params}
+    about |= {f"lora.{p.arg_name}": " ".join((p.description or "").split()) for p in docstring_parser.parse_from_object(LoRA).params}
+    for action in parser._actions:
+        action.help = about.get(action.dest, action.help)
+    return parser
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return leaves
+
+
+def names_of(given: Mapping[str, Any]) -> Names:
+    """The three names among what was given, nested or as plain strings."""
+
+    def name(key: str) -> str | None:
+        value = given.get(key)
+        return value.get("name") if isinstance(value, Mapping) else value
+
+    pipeline = given.get("pipeline") or "shapes"
+    method = name("method") or "draft"
+    registry.find("methods", method)
+    if pipeline != LIVE:
+        registry.locate(pipeline)
+    return Names(method, pipeline, name("reward") or model_preset(pipeline, method).get("reward"))
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """A config file as nested values; raises InputError where it is missing or no YAML mapping."""
+    file = Path(path).expanduser()
+    try:
+        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"There is no config file {file}.") from error
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is no YAML file ({' '.join(str(error).split())[:200]}).") from error
+    if not isinstance(loaded, dict):
+        raise InputError(f"{file} holds no settings: expected lines such as 'steps: 100'.")
+    return loaded
+
+
+def nested(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`method: draft` is short for `method: {name: draft}`; so with reward."""
+    short = {k: {"name": v} for k, v in given.items() if k in ("method", "reward") and not isinstance(v, Mapping)}
+    return {**given, **short}
+
+
+def parse(parser: ArgumentParser, read: Callable[[], Namespace]) -> Namespace:
+    """Run a parse; raises InputError with the nearest known name for an unknown one."""
+    try:
+        return read()
+    except ArgumentError as error:
+        message = str(error).strip()
+        unknown = re.search(r"unrecognized arguments: -*([\w.\-]+)|Option '([\w.]+)'|does not accept option '([\w.]+)'", message)
+        if unknown is None:
+            message = " ".join(re.sub(r"<class '(\w+)'>", r"\1", message).replace('Parser key "', "").replace('":', ":").split())
+            raise InputError(_dashed(f"{message}.")) from error
+        word = next(g for g in unknown.groups() if g).replace("-", "_")
+        group = re.search(r"[Gg]roup '(\w+)'", message)
+        word = f"{group[1]}.{word}" if group else word
+        known = [a.dest for a in parser._actions if a.dest not in ("help", "print_config", "versions")]
+        raise InputError(f"There is no setting '{word}'. {nearest(word, known)}") from error
+
+
+def _dashed(message: str) -> str:
+    return re.sub(r"--[\w.]+", lambda m: m[0].replace("_", "-"), message)
+
+
+def settle(parsed: Namespace, names: Names, reward: Any = None) -> Plan:
+    """The plan of parsed values: method and reward made, and the method's needs checked, before any model is loaded."""
+    values: dict[str, Any] = deepcopy(parsed).as_dict()
+    method_class, _ = registry.find("methods", names.method)
+    method_fields = {k: v for k, v in values.pop("method").items() if k != "name"}
+    reward_fields = {k: v for k, v in values.pop("reward").items() if k != "name"}
+    method = method_class(**method_fields)
+    checked = None
+    if reward is not None:
+        checked = CheckedReward(as_reward(reward), names.reward or "reward")
+    elif names.reward is not None:
+        found, _ = registry.find("rewards", names.reward)
+        checked = CheckedReward(as_reward(found(**reward_fields) if isinstance(found, type) else found), short_name(names.reward))
+    for name in ("config", "output", "versions"):
+        values.pop(name, None)
+    settings = Settings(**{**values, "lora": LoRA(**values["lora"]), "betas": tuple(values["betas"])})
+    plan = Plan(settings, names.method, method, names.reward, checked, reward_fields)
+    check_needs(plan)
+    return plan
+
+
+def check_needs(plan: Plan) -> None:
+    """Raise InputError where the method lacks what it cannot do without."""
+    needs = plan.method.needs
+    if needs.reward and plan.reward is None:
+        raise InputError(f"{plan.method_name} needs a reward: --reward NAME. See: diffalign list rewards.")
+    if needs.differentiable_reward and plan.reward is not None and not plan.reward.differentiable:
+        accept = [n for n in registry.METHODS if not registry.find("methods", n)[0].needs.differentiable_reward]
+        others = f"Methods that accept it: {', '.join(accept)}." if accept else "No method of this version accepts it."
+        raise InputError(
+            f"{plan.method_name} follows the reward's gradient, and {plan.reward_name} has none. Choose a differentiable reward "
+            f"(diffalign list rewards), or declare yours with @diffalign.reward(differentiable=True) if it is one. {others}"
+        )
+
+
+def name_of(reward: Any) -> str:
+    """What a reward object is called in logs: its function's or its class's name."""
+    function = reward.function if isinstance(reward, FunctionReward) else reward
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def resolve(given: Mapping[str, Any], reward: Any = None) -> Plan:
+    """The plan of nested values (the Python API, and a run's config.yaml)."""
+    given = nested(given)
+    names = names_of(given)
+    if reward is not None:
+        names = Names(names.method, names.pipeline, None)
+        given = {**given, "reward": {}}
+    parser = build_parser(names)
+    parsed = parse(parser, lambda: parser.parse_object(dict(given)))
+    if reward is not None:
+        names = Names(names.method, names.pipeline, name_of(reward))
+    return settle(parsed, names, reward)

@@ -1,0 +1,51 @@
+"""What a person sees while a run works: a progress bar, or on a plain log one line now and then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from diffalign.loop import Row
+
+console = Console(stderr=True, highlight=False)
+
+
+def say(message: str) -> None:
+    """One line for the person, on standard error; results go to standard output."""
+    console.print(message, markup=False, soft_wrap=True)
+
+
+def watch(rows: Iterable[Row], done: int, steps: int) -> Iterator[Row]:
+    """Pass the rows on, showing step, reward and the time that is left."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[metrics]}"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    every = max(1, steps // 10)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("training", total=steps, completed=done, metrics="")
+        for row in rows:
+            shown = "  ".join(f"{name} {row.metrics[name]:.4g}" for name in ("reward", "loss", "grad_norm") if name in row.metrics)
+            progress.update(task, completed=row.step, metrics=shown)
+            if not console.is_terminal and (row.step % every == 0 or row.step == steps):
+                say(f"step {row.step}/{steps}  {shown}  {row.metrics['seconds']:.1f} s")
+            yield row
+
+
+def comparison(evaluation: dict[str, object]) -> Table:
+    """The held-out table of an evaluation."""
+    table = Table(title=f"Held out: {evaluation['prompts']} prompts, same noise", title_justify="left")
+    for column in ("reward", "before", "after", "difference", "95% interval", "win rate"):
+        table.add_column(column, justify="left" if column == "reward" else "right")
+    rewards = evaluation["rewards"]
+    assert isinstance(rewards, dict)
+    for name, row in rewards.items():
+        low, high = row["interval"]
+        table.add_row(
+            name, f"{row['before']:.3f}", f"{row['after']:.3f}", f"{row['difference']:+.3f}", f"[{low:+.3f}, {high:+.3f}]",
+            f"{row['win_rate']:.2f}",
+        )  # fmt: skip
+    return table

@@ -1,0 +1,112 @@
+"""The reward's contract, kept at the edge: what a callable says it is, and whether that is true."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.errors import InputError
+from diffalign.types import Modality, Policy, Prompts, Reward
+
+
+@dataclass(frozen=True)
+class FunctionReward:
+    """A function `(media, prompts) -> (B,)` as a reward."""
+
+    function: Callable[[Tensor, Prompts], Any]
+    differentiable: bool = False
+    modality: Modality = "image"
+
+    def __call__(self, media: Tensor, prompts: Prompts) -> Tensor:
+        return self.function(media, prompts)
+
+
+def reward(*, differentiable: bool, modality: Modality = "image") -> Callable[[Callable[..., Any]], FunctionReward]:
+    """Decorate `f(images, prompts) -> (B,)` to say whether gradients flow from its scores to its images.
+
+    `images` is float (B, 3, H, W) in [0, 1]; `prompts.text` holds the B prompts; higher scores are better.
+    """
+
+    def declare(function: Callable[..., Any]) -> FunctionReward:
+        return FunctionReward(function, differentiable, modality)
+
+    return declare
+
+
+def as_reward(thing: Any) -> Reward:
+    """A reward object as it is; a bare callable as a reward without gradient."""
+    if isinstance(thing, Reward):
+        return thing
+    if callable(thing) and not isinstance(thing, type):
+        return FunctionReward(thing)
+    raise InputError(f"{thing!r} is no reward: give a name, a callable (images, prompts) -> (B,), or an object with 'differentiable'.")
+
+
+def short_name(name: str) -> str:
+    """What logs call a reward: the name itself, or `red` for `some/file.py:red`."""
+    return name.rpartition(":")[2]
+
+
+@dataclass
+class CheckedReward:
+    """A reward whose every answer is checked and counted. Same call; `queries` is the number of media it has scored.
+
+    Raises InputError where the reward fails, or its answer is no finite float tensor of shape (B,).
+    """
+
+    reward: Reward
+    name: str
+    queries: int = 0
+
+    @property
+    def differentiable(self) -> bool:
+        return self.reward.differentiable
+
+    @property
+    def modality(self) -> Modality:
+        return self.reward.modality
+
+    def __call__(self, media: Tensor, prompts: Prompts) -> Tensor:
+        with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
+            try:
+                scores: Any = self.reward(media if self.differentiable else media.detach(), prompts)
+            except InputError:
+                raise
+            except Exception as error:
+                raise InputError(f"The reward {self.name} failed with {type(error).__name__}: {error}") from error
+        expected = (len(prompts),)
+        if not isinstance(scores, Tensor):
+            raise InputError(f"The reward {self.name} returned a {type(scores).__name__}: return a tensor of shape {expected}.")
+        if tuple(scores.shape) != expected:
+            raise InputError(f"The reward {self.name} returned the shape {tuple(scores.shape)}: return {expected}, one score a sample.")
+        scores = scores.to(media.device, torch.promote_types(scores.dtype, torch.float32))
+        if not scores.isfinite().all():
+            bad = [f"{prompts.text[i]!r}: {scores[i].item()}" for i in (~scores.isfinite()).nonzero().flatten().tolist()]
+            raise InputError(f"The reward {self.name} returned scores that are no numbers. The samples: {'; '.join(bad[:4])}.")
+        self.queries += len(scores)
+        return scores
+
+
+def check_gradient(reward: Reward, name: str, policy: Policy, prompts: Prompts) -> None:
+    """Hold a reward that says it is differentiable to its word, on pictures decoded from noise.
+
+    Raises InputError where no gradient arrives at the pictures, or only zeros.
+    """
+    with torch.no_grad():
+        media = policy.decode(policy.prior(policy.encode(prompts), torch.Generator().manual_seed(0)))
+    media = media.detach().requires_grad_(True)
+    with torch.enable_grad():
+        total = CheckedReward(reward, name)(media, prompts).sum()
+        gradient = torch.autograd.grad(total, media, allow_unused=True)[0] if total.requires_grad else None
+    cause = "none arrives" if gradient is None else "it is zero everywhere" if not gradient.any() else ""
+    if gradient is not None and not gradient.isfinite().all():
+        cause = "it holds NaN or infinity"
+    if cause:
+        raise InputError(
+            f"The reward {name} says it is differentiable, but of its gradient with respect to the pictures {cause}. Look for detach(), "
+            "no_grad(), rounding or numpy on its way, or declare differentiable=False and use a method that needs no gradient."
+        )

@@ -1,0 +1,106 @@
+"""LoRA on a diffusers pipeline, through peft: attach, save what plain diffusers loads, load to continue."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffalign.errors import InputError
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adaptation (arXiv 2106.09685)."""
+
+    rank: int = 8
+    """Rank of the update."""
+    alpha: float | None = None
+    """Scale of the update is alpha / rank; by default alpha = rank."""
+    target_modules: list[str] | None = None
+    """Names, or ends of names, of the layers to adapt; by default the attention projections."""
+    init: str | None = None
+    """A LoRA to continue from: a folder or a .safetensors file that diffusers loads. Rank and alpha are then the file's."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"lora.rank is {self.rank}: give 1 or more.")
+
+
+def attach(pipe: Any, component: str, lora: LoRA, target_modules: list[str], seed: int) -> None:
+    """Freeze `pipe.<component>` and put a trainable fp32 LoRA on it; its random half is drawn from `seed`.
+
+    Raises InputError where the names match no layer, or the LoRA to continue from cannot be loaded.
+    """
+    from peft import LoraConfig
+
+    module: Any = getattr(pipe, component)
+    module.requires_grad_(False)
+    if getattr(module, "peft_config", None):
+        raise InputError("The pipeline already carries an adapter. Unload it (pipe.unload_lora_weights()), or pass it as lora.init.")
+    names = lora.target_modules or target_modules
+    alpha: Any = lora.rank if lora.alpha is None else lora.alpha
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if lora.init is None:
+            try:
+                module.add_adapter(LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=names, init_lora_weights="gaussian"))
+            except ValueError as error:
+                layers = sorted({n.rsplit(".", 1)[-1] for n, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)})
+                raise InputError(f"lora.target_modules: {names} fit no layer. Names that would: {', '.join(layers)}.") from error
+        else:
+            _load(pipe, lora.init)
+    if not any("lora_" in name for name, _ in module.named_parameters()):
+        raise InputError(f"lora.init: {lora.init} holds no weights for the {component}.")
+    for name, parameter in module.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(True)
+            parameter.data = parameter.data.float()
+
+
+def _load(pipe: Any, source: str) -> None:
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise InputError(f"lora.init: {path} does not exist. Give a folder with {WEIGHTS}, or a .safetensors file.")
+    folder, name = (path, WEIGHTS) if path.is_dir() else (path.parent, path.name)
+    try:
+        pipe.load_lora_weights(str(folder), weight_name=name, adapter_name="default", local_files_only=True)
+    except Exception as error:
+        raise InputError(f"lora.init: {folder / name} is no LoRA that fits this pipeline ({error}).") from error
+
+
+def save(pipe: Any, component: str, folder: Path) -> None:
+    """Write `pytorch_lora_weights.safetensors`, with rank and alpha, as `pipe.load_lora_weights(folder)` reads it."""
+    from peft.utils import get_peft_model_state_dict
+
+    module: Any = getattr(pipe, component)
+    metadata = module.peft_config["default"].to_dict()
+    for key, value in metadata.items():
+        if isinstance(value, set):
+            metadata[key] = sorted(value)  # a set's order changes from process to process, and with it the file's bytes
+    folder.mkdir(parents=True, exist_ok=True)
+    type(pipe).save_lora_weights(
+        folder,
+        **{
+            f"{component}_lora_layers": get_peft_model_state_dict(module),
+            f"{component}_lora_adapter_metadata": metadata,
+        },
+    )
+    _sort_header(folder / WEIGHTS)
+
+
+def _sort_header(path: Path) -> None:
+    """Write a safetensors file's header again, its metadata sorted: the library orders them at random, and equal runs must give equal bytes."""
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])

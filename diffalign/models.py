@@ -1,0 +1,119 @@
+"""From a name, a folder, a Hub id or a live diffusers pipeline to a policy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffalign import registry
+from diffalign.config import Settings
+from diffalign.errors import InputError, nearest
+
+
+def device_of(settings: Settings) -> torch.device:
+    """The device that was asked for, or the first of cuda, mps and cpu."""
+    if settings.device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=settings.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"The device '{settings.device}' cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def adapter_of(class_name: str) -> Any:
+    """The policy class for a diffusers pipeline class; raises InputError for one that has no adapter."""
+    rows = registry.table("pipelines")
+    if class_name not in rows:
+        raise InputError(
+            f"{class_name} has no adapter. {nearest(class_name, rows)} Supported: {', '.join(sorted(rows))}. "
+            "An adapter is one file: see docs/design.md."
+        )
+    return registry.find("pipelines", class_name)[0]
+
+
+def _index(source: str, revision: str | None) -> tuple[str, str]:
+    """Where to load from, and the pipeline's class name: from model_index.json, before any weights."""
+    path = registry.locate(source)
+    if path is not None:
+        index = path / "model_index.json"
+    else:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            index = Path(hf_hub_download(source, "model_index.json", revision=revision))
+        except Exception as error:
+            raise InputError(
+                f"The model '{source}' could not be fetched ({type(error).__name__}). It is neither a folder here nor reachable on the "
+                "Hub: check the name, the revision, the network, and your login for a gated model (hf auth login)."
+            ) from error
+    try:
+        return source if path is None else str(path), json.loads(index.read_text())["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{index} is damaged: it names no pipeline class. Fetch or save the model again.") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' loading bars, and their notices about packages that nobody asked for."""
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_before = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+        transformers_logging.enable_progress_bar()
+        diffusers_logging.set_verbosity(diffusers_before)
+        diffusers_logging.enable_progress_bar()
+
+
+def load_pipeline(source: str, revision: str | None = None) -> Any:
+    """A diffusers pipeline in fp32 from `shapes`, a folder or a Hub id; safetensors only. Raises InputError where it cannot."""
+    where, class_name = _index(source, revision)
+    adapter_of(class_name)
+    try:
+        with quiet():
+            import diffusers
+
+            pipeline_class = getattr(diffusers, class_name)
+            return pipeline_class.from_pretrained(where, revision=revision, torch_dtype=torch.float32, use_safetensors=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"The model in {where} does not load: {reason} Fetch or save it again.") from error
+
+
+def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any:
+    """The policy of the settings, on its device; with `train`, its LoRA attached or its weights set free.
+
+    `pipe` is a live pipeline to use in place of the settings' name.
+    """
+    device = device_of(settings)
+    if settings.precision == "fp16" and device.type == "cpu":
+        raise InputError("fp16 needs a GPU: on a CPU use --precision fp32 (or bf16).")
+    pipe = load_pipeline(settings.pipeline, settings.revision) if pipe is None else pipe
+    policy = adapter_of(type(pipe).__name__).of(
+        pipe,
+        guidance_scale=settings.guidance_scale,
+        negative_prompt=settings.negative_prompt,
+        height=settings.height,
+        width=settings.width,
+        precision=settings.precision,
+        device=device,
+    )
+    if train and settings.full:
+        policy.unfreeze()
+    elif train:
+        policy.adapt(settings.lora, settings.seed)
+    return policy

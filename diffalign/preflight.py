@@ -1,0 +1,148 @@
+"""`diffalign check`: what would make a training fail or stand still, found in a minute, before it is started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from diffalign.config import Plan
+from diffalign.run import peak_memory_mb
+from diffalign.sampling import ddim, flow_sde, rollout, transition
+from diffalign.types import Context, Loss, Prompts
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: `passed` is None for a plain fact."""
+
+    name: str
+    passed: bool | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The collectives of a single process."""
+
+    count: int = 1
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x
+
+
+def preflight(plan: Plan, policy: Any, prompts: list[str]) -> Iterator[Finding]:
+    """Yield the findings, cheap ones first. The policy's weights are the same afterwards."""
+    batch = Prompts(tuple((prompts * plan.settings.batch_size)[: plan.settings.batch_size]))
+    yield _batch_plan(plan, len(prompts))
+    yield _deterministic_steps(plan, policy)
+    yield _ratio(policy, batch)
+    if plan.reward is not None:
+        yield _variance(plan, policy, batch)
+    loss = next(iter(plan.method.losses(policy, _reward(plan), batch, _context(0))))
+    yield _gradient_arrives(policy, loss)
+    if plan.method.needs.differentiable_reward:
+        yield _finite_differences(plan, policy, batch)
+    yield Finding("memory", None, f"peak after one forward and backward: {peak_memory_mb():,.0f} MB")
+
+
+def _context(seed: int) -> Context:
+    return Context(Generator().manual_seed(seed), Alone())
+
+
+def _reward(plan: Plan) -> Any:
+    assert plan.reward is not None
+    return plan.reward
+
+
+def _batch_plan(plan: Plan, prompts: int) -> Finding:
+    s = plan.settings
+    samples = s.batch_size * s.accumulate
+    text = (
+        f"each of {s.steps} optimiser steps: {s.batch_size} samples x {s.accumulate} batches = {samples} a process, "
+        f"{plan.sample_steps} denoising steps, guidance {s.guidance_scale:g}; {s.steps * samples:,} samples in all over {prompts} prompts"
+    )
+    return Finding("batch plan", None, text)
+
+
+def _deterministic_steps(plan: Plan, policy: Any) -> Finding:
+    still = int((policy.path.schedule(plan.sample_steps).then.sigma == 0).sum())
+    text = f"{still} of {plan.sample_steps} steps end at sigma 0" + (
+        ": no action there under DDIM, and no log-probability" if still else ""
+    )
+    return Finding("sigma = 0", None, text)
+
+
+def _ratio(policy: Any, batch: Prompts, steps: int = 4) -> Finding:
+    """Replay a stochastic rollout: the new log-probabilities must equal the stored ones."""
+    kernel = ddim(1.0) if "scheduler" in vars(policy.path) and "alphas_cumprod" in vars(policy.path.scheduler) else flow_sde()
+    with torch.no_grad():
+        trajectory = rollout(policy, policy.encode(batch), steps=steps, kernel=kernel, rng=Generator().manual_seed(0))
+    worst = 0.0
+    for i in range(steps):
+        now, then = trajectory.schedule.now[i], trajectory.schedule.then[i]
+        action = transition(policy, trajectory.states[i], now, then, trajectory.condition, kernel)
+        ratio = (action.log_prob(trajectory.states[i + 1]) - trajectory.log_probs[i]).exp()
+        worst = max(worst, float((ratio - 1).abs().max().detach()))
+    text = f"replaying {steps} steps gives the ratio 1" + ("" if worst == 0 else f" only within {worst:.1e}")
+    return Finding("ratio", worst == 0, text)
+
+
+def _variance(plan: Plan, policy: Any, batch: Prompts) -> Finding:
+    with torch.no_grad():
+        trajectory = rollout(policy, policy.encode(batch), steps=plan.sample_steps, kernel=ddim(0.0), rng=Generator().manual_seed(0))
+        scores = _reward(plan)(policy.decode(trajectory.final), batch)
+    spread = float(scores.std(correction=0))
+    text = f"{plan.reward_name}: mean {float(scores.mean()):.4g}, standard deviation {spread:.3g} over {len(scores)} samples"
+    return Finding("reward", spread > 0 or len(scores) == 1, text + ("" if spread else ": all samples are worth the same"))
+
+
+def _gradient_arrives(policy: Any, loss: Loss) -> Finding:
+    parameters = [p for p in policy.module.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss.value, parameters, allow_unused=True)
+    live = sum(g is not None and bool(g.any()) for g in gradients)
+    finite = all(g is None or bool(g.isfinite().all()) for g in gradients)
+    text = f"non-zero in {live} of {len(parameters)} trained tensors" + ("" if finite else ", and not finite")
+    return Finding("gradient", live > 0 and finite, text + (" (half of a new LoRA starts at zero)" if live < len(parameters) else ""))
+
+
+def _finite_differences(plan: Plan, policy: Any, batch: Prompts) -> Finding:
+    """The directional derivative of the loss along its own gradient, against central differences. DRaFT's truncation is exact for
+    k = 1 only on the last step, so the loss is made with a frozen prefix: the same noise, the same states before the last K."""
+    parameters = [p for p in policy.module.parameters() if p.requires_grad]
+    if policy.dtype != torch.float32:
+        return Finding("finite differences", None, "left out: they need fp32")
+    k = vars(plan.method).get("k", 1)
+    steps = plan.sample_steps
+    condition = policy.encode(batch)
+    with torch.no_grad():
+        prefix = rollout(policy, condition, steps=steps, kernel=ddim(0.0), rng=Generator().manual_seed(0))
+    schedule = prefix.schedule
+
+    def objective() -> Tensor:
+        x = prefix.states[steps - k]
+        for i in range(steps - k, steps):
+            x = transition(policy, x, schedule.now[i], schedule.then[i], condition, ddim(0.0)).mean
+        return _reward(plan)(policy.decode(x), batch).double().mean()
+
+    gradients = torch.autograd.grad(objective(), parameters, allow_unused=True)
+    direction = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+    norm = float(torch.stack([d.double().square().sum() for d in direction]).sum().sqrt())
+    if norm == 0:
+        return Finding("finite differences", False, "the reward's gradient with respect to the trained weights is zero")
+    errors: list[float] = []
+    with torch.no_grad():
+        for h in (0.3, 0.1, 0.03, 0.01):
+            values: list[float] = []
+            for sign in (1.0, -1.0):
+                for p, d in zip(parameters, direction, strict=True):
+                    p.add_(d, alpha=sign * h / norm)
+                values.append(float(objective()))
+                for p, d in zip(parameters, direction, strict=True):
+                    p.sub_(d, alpha=sign * h / norm)
+            errors.append(abs((values[0] - values[1]) / (2 * h) / norm - 1))
+    best = min(errors)
+    return Finding("finite differences", best < 0.05, f"the reward's gradient at the trained weights agrees within {best:.1%}")

@@ -1,0 +1,113 @@
+"""What can be named on the command line, and where it lives. Nothing is imported before it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Literal
+
+from diffalign.errors import InputError, nearest
+
+Kind = Literal["methods", "rewards", "pipelines"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of a table: `target` is module:name, `preset` the fields that its name stands for, `extra` a pip extra it needs."""
+
+    target: str
+    summary: str
+    facts: str = ""
+    preset: Mapping[str, Any] = field(default_factory=dict)
+    extra: str | None = None
+    package: str | None = None
+
+
+METHODS = {
+    "draft": Entry("diffalign.methods.draft:DRaFT", "Reward gradient through the last K sampling steps.", "differentiable reward"),
+    "draft-lv": Entry(
+        "diffalign.methods.draft:DRaFT", "DRaFT-1 averaged over re-noised copies of the sample.", "differentiable reward", {"n": 2}
+    ),
+}
+REWARDS = {
+    "shapes-clip": Entry("diffalign.rewards.shapes:ShapesCLIP", "Tiny CLIP trained on shapes.", "differentiable"),
+    "shapes-checker": Entry("diffalign.rewards.shapes:ShapesChecker", "Share of the caption's attributes that are right.", "score"),
+    "shapes-all-right": Entry(
+        "diffalign.rewards.shapes:ShapesChecker", "1 where all the caption's attributes are right.", "score", {"strict": True}
+    ),
+    "jpeg-compressibility": Entry("diffalign.rewards.jpeg:JPEGCompressibility", "Minus the kB of a JPEG at quality 95.", "score"),
+    "jpeg-incompressibility": Entry("diffalign.rewards.jpeg:JPEGCompressibility", "The kB of a JPEG at quality 95.", "score", {"sign": 1}),
+}
+PIPELINES = {
+    "StableDiffusionPipeline": Entry("diffalign.pipelines.stable_diffusion:StableDiffusion", "Stable Diffusion 1.x and 2.x.", "image"),
+}
+MODELS = {"shapes": Path(__file__).parent / "assets" / "shapes"}
+TABLES: dict[Kind, dict[str, Entry]] = {"methods": METHODS, "rewards": REWARDS, "pipelines": PIPELINES}
+
+
+def table(kind: Kind) -> dict[str, Entry]:
+    """The built-in rows and those of installed packages (entry points `diffalign.methods`, `.rewards`, `.pipelines`)."""
+    others = {
+        point.name: Entry(point.value, f"From {point.dist.name if point.dist else 'an installed package'}.")
+        for point in entry_points(group=f"diffalign.{kind}")
+    }
+    return {**others, **TABLES[kind]}
+
+
+def locate(source: str) -> Path | None:
+    """The folder of a model's name or path, or None for a Hub id; raises InputError for what can be neither, without a network."""
+    path = MODELS.get(source, Path(source).expanduser())
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise InputError(f"{path} holds no model_index.json: give a folder in diffusers layout, as save_pretrained writes it.")
+        return path
+    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        close = "" if "/" in source else f" {nearest(source, MODELS)}"
+        raise InputError(f"There is no model '{source}': give shapes, a folder in diffusers layout, or a Hub id user/model.{close}")
+    return None
+
+
+def installed(entry: Entry) -> bool:
+    return entry.package is None or importlib.util.find_spec(entry.package) is not None
+
+
+def find(kind: Kind, name: str) -> tuple[Any, dict[str, Any]]:
+    """The class or function that `name` stands for and its preset fields: a row's name, or `path/to/file.py:Name`.
+
+    Raises InputError for an unknown name (with the nearest), a missing extra (with the pip command), or a file that does not load.
+    """
+    if ".py:" in name:
+        return _from_file(name), {}
+    rows = table(kind)
+    if name not in rows:
+        raise InputError(f"There is no {kind[:-1]} '{name}'. {nearest(name, rows)}")
+    entry = rows[name]
+    if not installed(entry):
+        raise InputError(f"The {kind[:-1]} '{name}' needs a package that is not installed: pip install 'diffalign[{entry.extra}]'")
+    module, _, attribute = entry.target.partition(":")
+    return getattr(importlib.import_module(module), attribute), dict(entry.preset)
+
+
+def _from_file(name: str) -> Any:
+    file, _, attribute = name.rpartition(":")
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise InputError(f"{path} does not exist. A plug-in is named as path/to/file.py:Name.")
+    spec = importlib.util.spec_from_file_location(f"diffalign_plugin_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{path} is no Python file.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up by name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"{path} does not load: {type(error).__name__}: {error}") from error
+    if attribute not in vars(module):
+        names = [n for n, v in vars(module).items() if not n.startswith("_") and callable(v)]
+        raise InputError(f"{path} holds no '{attribute}'. {nearest(attribute, names) if names else 'It defines nothing.'}")
+    return vars(module)[attribute]

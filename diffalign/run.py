@@ -1,0 +1,196 @@
+"""A run: the folder on disk that holds everything one training needs and made."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from diffalign import checkpoint
+from diffalign.config import LIVE, Plan, resolve
+from diffalign.errors import InputError
+from diffalign.evaluate import sample
+from diffalign.media import grid, to_pil
+from diffalign.models import load_pipeline, make_policy
+
+PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "pillow")
+
+
+def versions() -> dict[str, str]:
+    """What a run depends on: packages and Python."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+@dataclass(frozen=True)
+class Run:
+    """`Run.create` makes the folder, `Run.open` (or `diffalign.load`) reads one that exists."""
+
+    path: Path
+    live: Any = None  # the pipeline object that was trained, where one was given
+
+    @classmethod
+    def create(cls, path: Path, config: Mapping[str, Any], live: Any = None) -> Run:
+        """Make the folder and write config.yaml; raises InputError where it exists already or cannot be written."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError(f"{path} exists already, and a run is never overwritten: choose another --output, or --resume {path}.")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "config.yaml").write_text(yaml.safe_dump({**config, "versions": versions()}, sort_keys=False))
+        except OSError as error:
+            raise InputError(f"{path} cannot be written ({error.strerror}): choose another --output.") from error
+        return cls(path, live)
+
+    @classmethod
+    def open(cls, path: str | Path, live: Any = None) -> Run:
+        """Read a run folder; raises InputError where there is none. `live` is the pipeline of a run that was made from an object."""
+        path = Path(path).expanduser()
+        if not (path / "config.yaml").is_file():
+            raise InputError(f"{path} is no run: it holds no config.yaml. A run is the folder that 'diffalign train' made.")
+        return cls(path, live)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The resolved settings, as config.yaml has them."""
+        try:
+            config = yaml.safe_load((self.path / "config.yaml").read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{self.path / 'config.yaml'} is damaged.") from error
+        if not isinstance(config, dict):
+            raise InputError(f"{self.path / 'config.yaml'} is damaged: it holds no settings.")
+        return config
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The settings, method and reward of the run."""
+        return resolve(self.config)
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        """The rows of metrics.jsonl, one an optimiser step."""
+        file = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """What eval.json holds: held-out rewards before and after."""
+        file = self.path / "eval.json"
+        if not file.is_file():
+            raise InputError(f"{self.path} has not been evaluated: diffalign eval {self.path}")
+        return json.loads(file.read_text())
+
+    @cached_property
+    def pipeline(self) -> Any:
+        """The diffusers pipeline with what was trained, ready to call: `run.pipeline("a red circle").images[0]`."""
+        if self.live is not None:
+            return self.live
+        pipe = load_pipeline(self._source(), self.config["revision"])
+        if self.config["full"]:
+            pipe.unet = type(pipe.unet).from_pretrained(self._weights("model"), use_safetensors=True)
+        else:
+            pipe.load_lora_weights(str(self._weights("lora")), adapter_name="default")
+        return pipe
+
+    @cached_property
+    def policy(self) -> Any:
+        """The trained policy, frozen; `policy.reference()` switches to the base model."""
+        policy = make_policy(self.plan.settings, self.pipeline, train=False)
+        if self.live is None and self.config["full"]:
+            policy.frozen = load_pipeline(self._source(), self.config["revision"]).unet.to(policy.module.device)
+        return policy
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        lora_scale: float = 1.0,
+        output: str | Path | None = None,
+    ) -> list[Path]:
+        """Pictures of the prompts from the base model and the trained one, same noise: `[side by side, each trained one, ...]`."""
+        settings, policy = self.plan.settings, self.policy
+        if lora_scale != 1.0:
+            if settings.full:
+                raise InputError("lora_scale: this run trained all weights, and has no LoRA to scale.")
+            self.pipeline.set_adapters("default", lora_scale)
+        chosen = dict(steps=steps or self.plan.sample_steps, seed=seed, batch_size=settings.batch_size)
+        after = sample(policy, prompts, **chosen)
+        with policy.reference():
+            before = sample(policy, prompts, **chosen)
+        folder = self.path / "samples" if output is None else Path(output).expanduser()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder} cannot be written ({error.strerror}): choose another --output.") from error
+        stem = f"{re.sub(r'[^a-z0-9]+', '-', prompts[0].lower())[:60].strip('-')}-seed{seed}" + (
+            f"-scale{lora_scale:g}" if lora_scale != 1 else ""
+        )
+        paths = [folder / f"{stem}.png", *(folder / f"{stem}-{i}.png" for i in range(len(prompts)))]
+        grid([("before", before), ("after", after)], prompts).save(paths[0])
+        for path, image in zip(paths[1:], after, strict=True):
+            to_pil(image).save(path)
+        return paths
+
+    def _source(self) -> str:
+        source = self.config["pipeline"]
+        if source == LIVE:
+            raise InputError(f"{self.path} was made from a live pipeline object: diffalign.load(folder, pipe=...) wants it again.")
+        return source
+
+    def _weights(self, name: str) -> Path:
+        if not (self.path / name).is_dir():
+            raise InputError(f"{self.path} holds no {name}/ yet: the run is unfinished. Resume it: diffalign train --resume {self.path}")
+        return self.path / name
+
+    def save_weights(self, policy: Any) -> None:
+        """Write lora/ (or, after full fine-tuning, model/) as plain diffusers loads it."""
+        policy.save(self.path / ("lora" if policy.frozen is None else "model"))
+
+    def append_metrics(self, row: Mapping[str, float]) -> None:
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop the rows after `step`, and one cut short by a kill: a resumed run writes them again."""
+        file = self.path / "metrics.jsonl"
+        if file.is_file():
+            lines = file.read_text().splitlines(keepends=True)[:step]
+            draft = file.with_suffix(".draft")
+            draft.write_text("".join(lines))
+            os.replace(draft, file)
+
+    def save_checkpoint(self, step: int, tree: Any, keep: int) -> Path:
+        return checkpoint.write(self.path / "checkpoints", step, tree, keep)
+
+    def newest_checkpoint(self) -> tuple[Any, list[Path]]:
+        return checkpoint.newest(self.path / "checkpoints")
+
+    def write_json(self, name: str, value: Any) -> None:
+        (self.path / name).write_text(json.dumps(value, indent=2) + "\n")
+
+    def save_picture(self, name: str, picture: Any) -> Path:
+        """Write a PIL picture under the run's folder."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+        return path
+
+
+def peak_memory_mb() -> float:
+    """Peak memory of the process so far, in MB of 10^6 bytes: on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    import resource  # not on Windows
+
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

@@ -1,0 +1,174 @@
+"""One reverse step as an action distribution, and the only sampling loop.
+
+Every kernel is `(x_0, noise, now, then) -> Gaussian`: what the network believes at `now`, and where the step lands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Generator, Tensor
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
+
+from diffalign.errors import InputError
+from diffalign.noise import draw_noise, spread
+from diffalign.types import Condition, Level, Policy, Schedule, Trajectory
+
+Reduce = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """`N(mean, std^2 I)`: mean (B, *latent), std float64 of shape (1,) or (B,), on the CPU. A row of std 0 is deterministic."""
+
+    mean: Tensor
+    std: Tensor
+
+    @property
+    def random(self) -> bool:
+        """Whether the step is an action at all, in one row at least."""
+        return bool((self.std > 0).any())
+
+    def at(self, z: Tensor | None) -> Tensor:
+        """The sample (B, *latent) of standard noise z; the mean where z is None."""
+        return self.mean if z is None else self.mean + spread(self.std, self.mean) * z
+
+    def log_prob(self, x: Tensor, reduce: Reduce = "mean") -> Tensor:
+        """(B,) log-density of x in fp32 or better, averaged over the latent dimensions, as every reference implementation has it.
+
+        `sum` gives the log-density itself. A deterministic row has none: 0, with no gradient.
+        """
+        if not self.random:
+            return torch.zeros(len(x), device=x.device, dtype=_at_least_float32(x))
+        x, mean = x.to(_at_least_float32(x)), self.mean.to(_at_least_float32(x))
+        std = self._positive_std(x)
+        return self._only_random(_reduce(-((x - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi), reduce))
+
+    def kl(self, other: Gaussian, reduce: Reduce = "mean") -> Tensor:
+        """(B,) `KL(self, other)` for two Gaussians of the same std, `(mu - mu')^2 / (2 std^2)`; 0 for a deterministic row."""
+        if not torch.equal(self.std, other.std):
+            raise ValueError("kl: the two steps have different std; they come from different kernels or levels.")
+        if not self.random:
+            return torch.zeros(len(self.mean), device=self.mean.device, dtype=_at_least_float32(self.mean))
+        dtype = _at_least_float32(self.mean)
+        difference = self.mean.to(dtype) - other.mean.to(dtype)
+        return self._only_random(_reduce(difference**2 / (2 * self._positive_std(difference) ** 2), reduce))
+
+    def _positive_std(self, like: Tensor) -> Tensor:
+        return spread(torch.where(self.std > 0, self.std, 1), like)
+
+    def _only_random(self, values: Tensor) -> Tensor:
+        return torch.where((self.std > 0).to(values.device), values, 0)
+
+
+Kernel = Callable[[Tensor, Tensor, Level, Level], Gaussian]
+
+
+def _at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _reduce(x: Tensor, reduce: Reduce) -> Tensor:
+    flat = x.reshape(len(x), -1)
+    return flat.mean(1) if reduce == "mean" else flat.sum(1)
+
+
+def ddim(eta: float = 0.0) -> Kernel:
+    """DDIM (arXiv 2010.02502, eq. 12 and 16) for diffusion and flow alike; eta 0 is deterministic, 1 ancestral sampling.
+
+    `std = eta sigma_s sqrt(1 - (alpha_t sigma_s / (alpha_s sigma_t))^2)`, from t to s.
+    """
+    if not 0 <= eta <= 1:
+        raise InputError(f"eta is {eta}: give a number from 0 (deterministic) to 1 (ancestral).")
+
+    def kernel(x_0: Tensor, noise: Tensor, now: Level, then: Level) -> Gaussian:
+        ratio = now.alpha * then.sigma / (then.alpha * now.sigma)
+        std = eta * then.sigma * (1 - ratio**2).clamp(min=0).sqrt()
+        left = (then.sigma**2 - std**2).clamp(min=0).sqrt()
+        return Gaussian(spread(then.alpha, x_0) * x_0 + spread(left, x_0) * noise, std)
+
+    return kernel
+
+
+def flow_sde(a: float = 0.7) -> Kernel:
+    """The SDE of Flow-GRPO (arXiv 2505.05470, eq. 9) on a rectified flow; a = 0 is the Euler step of the ODE.
+
+    `x_s = x_t + [v + sigma^2 / (2 t) (x_t + (1 - t) v)] dt + sigma sqrt(-dt) z`, `sigma = a sqrt(t / (1 - t))`. With
+    `x_t + (1 - t) v = noise` the mean is `(1 - s) x_0 + (s + a^2 dt / (2 (1 - t))) noise`. At t = 1, `1 - t` is taken at s, as in the
+    authors' code.
+    """
+    if a < 0:
+        raise InputError(f"a is {a}: give 0 (the ODE) or more.")
+
+    def kernel(x_0: Tensor, noise: Tensor, now: Level, then: Level) -> Gaussian:
+        t, dt = now.sigma, then.sigma - now.sigma
+        rest = torch.where(t >= 1, then.alpha, now.alpha)
+        toward_noise = then.sigma + a**2 * dt / (2 * rest)
+        return Gaussian(spread(then.alpha, x_0) * x_0 + spread(toward_noise, x_0) * noise, a * (t / rest * -dt).sqrt())
+
+    return kernel
+
+
+def transition(policy: Policy, x_t: Tensor, now: Level, then: Level, condition: Condition, kernel: Kernel) -> Gaussian:
+    """The policy `pi(x_s | x_t, c)`: one network call, made into the distribution of the next state."""
+    x_0, noise = policy.path.split(policy.predict(x_t, now, condition), x_t, now)
+    return kernel(x_0, noise, now, then)
+
+
+def rollout(
+    policy: Policy,
+    condition: Condition,
+    *,
+    steps: int,
+    kernel: Kernel,
+    grad_steps: int = 0,
+    until: int | None = None,
+    start: Tensor | None = None,
+    rng: Generator | None = None,
+    checkpointing: bool | None = None,
+) -> Trajectory:
+    """Sample from noise to x_0, with a graph through the last `grad_steps` steps and none before.
+
+    `until` stops after so many of the `steps` (ReFL). `start` (B, *latent) replaces the prior's draw. `checkpointing` keeps of each step
+    with a graph only its state, and runs the network again in the backward pass: memory flat in `grad_steps`; by default on when
+    there are two or more.
+    """
+    schedule = policy.path.schedule(steps)
+    until = steps if until is None else until
+    if not 1 <= until <= steps:
+        raise InputError(f"until is {until}: give a step from 1 to {steps}.")
+    if not 0 <= grad_steps <= until:
+        raise InputError(f"A gradient through {grad_steps} steps was asked for, in a rollout of {until}: give 0 to {until}.")
+    checkpointing = grad_steps > 1 if checkpointing is None else checkpointing
+
+    x = policy.prior(condition, rng) if start is None else start
+    states, log_probs, actions = [x], list[Tensor](), list[bool]()
+    for i in range(until):
+        now, then = schedule.now[i], schedule.then[i]
+        # drawn out here: a checkpointed step runs twice, and would draw twice
+        z = draw_noise(x.shape, x, rng) if _is_random(kernel, now, then) else None
+
+        def step(x: Tensor, now: Level = now, then: Level = then, z: Tensor | None = z) -> tuple[Tensor, Tensor]:
+            action = transition(policy, x, now, then, condition, kernel)
+            x_next = action.at(z)
+            return x_next, action.log_prob(x_next)
+
+        with torch.set_grad_enabled(i >= until - grad_steps):
+            if torch.is_grad_enabled() and checkpointing:
+                x, log_prob = cast(tuple[Tensor, Tensor], checkpoint(step, x, use_reentrant=False))
+            else:
+                x, log_prob = step(x)
+        states.append(x)
+        log_probs.append(log_prob)
+        actions.append(z is not None)
+    taken = Schedule(schedule.now[:until], schedule.then[:until])
+    return Trajectory(torch.stack(states), torch.stack(log_probs), torch.tensor(actions), taken, condition)
+
+
+def _is_random(kernel: Kernel, now: Level, then: Level) -> bool:
+    nothing = torch.zeros(1, 1, dtype=torch.float64)
+    return kernel(nothing, nothing, now, then).random

@@ -1,0 +1,203 @@
+"""The nouns of diffalign: plain, frozen, documented. Everything else is functions over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+
+from torch import Generator, Tensor, nn
+
+Modality = Literal["image", "audio"]
+Index = slice | Sequence[int] | Tensor
+
+
+@dataclass(frozen=True)
+class Level:
+    """Points on the noise path, `x_t = alpha x_0 + sigma noise`; every field float64 of shape (n,), on the CPU.
+
+    `t` is what the network is told (a diffusers timestep), `alpha` and `sigma` scale signal and noise.
+    """
+
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def __getitem__(self, index: int | Index) -> Level:
+        """Slice, or with an int the single level as shape (1,): it broadcasts over a batch."""
+        index = [index] if isinstance(index, int) else index
+        return Level(self.t[index], self.alpha[index], self.sigma[index])
+
+
+class Schedule(NamedTuple):
+    """The transitions of a sampler, noisy to clean: step i goes from `now[i]` to `then[i]`; both of length T.
+
+    With leading or trailing spacing `then[i]` is `now[i + 1]`. With linspace spacing diffusers' DDIM lands beside the next
+    timestep instead, and so do we.
+    """
+
+    now: Level
+    then: Level
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of what users ask for. `text` has one entry a sample; the other fields are for tasks that have them."""
+
+    text: tuple[str, ...]
+    image: Tensor | None = None  # (B, 3, H, W) in [0, 1]: the picture to edit
+    mask: Tensor | None = None  # (B, 1, H, W), 1 where the picture is to be made anew
+    metadata: tuple[Mapping[str, Any], ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", (self.text,) if isinstance(self.text, str) else tuple(self.text))
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def __getitem__(self, index: Index) -> Prompts:
+        at = range(len(self))[index] if isinstance(index, slice) else [int(i) for i in index]
+        return Prompts(
+            text=tuple(self.text[i] for i in at),
+            image=None if self.image is None else self.image[list(at)],
+            mask=None if self.mask is None else self.mask[list(at)],
+            metadata=None if self.metadata is None else tuple(self.metadata[i] for i in at),
+        )
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the network is conditioned on: tensors whose first axis is the batch.
+
+    `null` is the unconditional branch of classifier-free guidance (same names and shapes), None where there is no guidance.
+    """
+
+    tensors: Mapping[str, Tensor]
+    null: Mapping[str, Tensor] | None = None
+    guidance_scale: float = 1.0
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, index: Index) -> Condition:
+        null = None if self.null is None else {k: v[index] for k, v in self.null.items()}
+        return Condition({k: v[index] for k, v in self.tensors.items()}, null, self.guidance_scale)
+
+    def unguided(self) -> Condition:
+        """The same without the null branch: one network call, no guidance."""
+        return Condition(self.tensors)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What a rollout of N steps leaves: `states` (N+1, B, *latent) noisy to clean, `log_probs` (N, B), its levels and condition.
+
+    `actions` (N,) says which steps were random: a step with std 0 is no action, its log-probability is 0 and means nothing.
+    """
+
+    states: Tensor
+    log_probs: Tensor
+    actions: Tensor
+    schedule: Schedule
+    condition: Condition
+
+    @property
+    def final(self) -> Tensor:
+        """(B, *latent): x_0, or x_t where the rollout stopped early."""
+        return self.states[-1]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One micro-batch's loss. `value` is a scalar with a graph; `metrics` are logged; `update`: it completes an optimiser step."""
+
+    value: Tensor
+    metrics: Mapping[str, Tensor | float] = field(default_factory=dict[str, Tensor | float])
+    update: bool = True
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method cannot do without, checked before any model loads."""
+
+    reward: bool = True
+    differentiable_reward: bool = False
+    data: Literal["pairs", "labels", "edits"] | None = None
+    modality: Modality | None = None
+
+
+class Processes(Protocol):
+    """The few collectives that a method may need; single-process versions are identities."""
+
+    @property
+    def count(self) -> int: ...
+    def gather(self, x: Tensor) -> Tensor: ...  # (B, ...) -> (B of all processes, ...)
+
+
+@dataclass
+class Context:
+    """What a method may touch besides policy, reward and batch.
+
+    `rng` is the run's own generator, on the CPU. `memory` is named state that lives through the training and is saved in
+    checkpoints: tensors, numbers, strings, and lists and dicts of those.
+    """
+
+    rng: Generator
+    processes: Processes
+    memory: dict[str, Any] = field(default_factory=dict[str, Any])
+    step: int = 0
+
+
+class NoisePath(Protocol):
+    """The noise path and its parametrisation."""
+
+    def schedule(self, steps: int) -> Schedule: ...
+    def draw(self, n: int, rng: Generator | None = None) -> Level: ...
+    def target(self, x_0: Tensor, noise: Tensor, at: Level) -> Tensor: ...
+    def split(self, prediction: Tensor, x_t: Tensor, at: Level) -> tuple[Tensor, Tensor]: ...
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """A network on a noise path: what `transition`, `rollout` and the methods need of a pipeline."""
+
+    @property
+    def path(self) -> NoisePath: ...
+    @property
+    def module(self) -> nn.Module: ...  # what trains
+    @property
+    def modality(self) -> Modality: ...
+
+    def encode(self, prompts: Prompts) -> Condition: ...
+    def prior(self, condition: Condition, rng: Generator | None = None) -> Tensor: ...
+    def predict(self, x_t: Tensor, at: Level, condition: Condition) -> Tensor: ...
+    def decode(self, x_0: Tensor) -> Tensor: ...
+    def embed(self, media: Tensor) -> Tensor: ...
+    def reference(self) -> AbstractContextManager[None]: ...
+    def save(self, folder: Path) -> None: ...  # what plain diffusers loads
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """`(media, prompts) -> (B,)`, higher is better. Images are float (B, 3, H, W) in [0, 1]."""
+
+    @property
+    def differentiable(self) -> bool: ...
+    @property
+    def modality(self) -> Modality: ...
+
+    def __call__(self, media: Tensor, prompts: Prompts) -> Tensor: ...
+
+
+class Method(Protocol):
+    """A frozen dataclass whose fields are its hyperparameters; `losses` yields what the loop goes down."""
+
+    needs: ClassVar[Needs]
+    defaults: ClassVar[Mapping[str, Any]]  # settings of the loop that the method's paper or code recommends
+
+    def losses(self, policy: Policy, reward: Reward, batch: Prompts, context: Context) -> Iterator[Loss]: ...

@@ -1,0 +1,218 @@
+"""The command line: what it prints, and that every bad input gets one message with the mend and status 2, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from diffalign.cli import main
+
+
+def args(files: Path, **flags: Any) -> list[str]:
+    named = {"pipeline": files / "model", "reward": f"{files / 'rewards.py'}:red", "prompts": files / "prompts.txt", "steps": 1}
+    return ["train", *(f"--{k}={v}" for k, v in {**named, "method.inference_steps": 2, "eval_size": 0, **flags}.items())]
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"method": "drfat"}, "no method 'drfat'. Did you mean 'draft'?"),
+    ({"reward": "shapes-clap"}, "no reward 'shapes-clap'. Did you mean 'shapes-clip'?"),
+    ({"reward": "jpeg-compressibility"}, "has none. Choose a differentiable reward"),
+    ({"reward": "FILES/rewards.py:plain"}, "declare yours with @diffalign.reward(differentiable=True)"),
+    ({"reward": "FILES/rewards.py:rde"}, "holds no 'rde'. Did you mean 'red'?"),
+    ({"reward": "FILES/nothing.py:red"}, "nothing.py does not exist"),
+    ({"reward": "FILES/broken.py:red"}, "does not load: SyntaxError"),
+    ({"reward": "FILES/rewards.py:detached"}, "none arrives"),
+    ({"reward": "FILES/rewards.py:zero"}, "zero everywhere"),
+    ({"reward": "FILES/rewards.py:shape"}, "returned the shape (): return (2,)"),
+    ({"reward": "FILES/rewards.py:nan"}, "'a red dog': nan"),
+    ({"pipeline": "shaeps"}, "Did you mean 'shapes'?"),
+    ({"pipeline": "./nowhere"}, "There is no model './nowhere'"),
+    ({"pipeline": "FILES"}, "holds no model_index.json"),
+    ({"pipeline": "FILES/corrupt"}, "does not load"),
+    ({"pipeline": "FILES/damaged"}, "names no pipeline class"),
+    ({"pipeline": "FILES/other"}, "FluxFooPipeline has no adapter"),
+    ({"prompts": "FILES/none.txt"}, "no prompt file"),
+    ({"prompts": "FILES/empty.txt"}, "holds no prompts"),
+    ({"prompts": "FILES/binary.txt"}, "is no text file"),
+    ({"prompts": "FILES/zeros.txt"}, "binary file"),
+    ({"prompts": "FILES/bad.jsonl"}, "line 2"),
+    ({"prompts": "FILES"}, "no prompt file"),
+    ({"steps": 0}, "steps is 0: give 1 or more"),
+    ({"steps": "many"}, "steps: Expected a int"),
+    ({"method.k": 3}, "method.k is 3: give 1 to 2"),
+    ({"method.inference_steps": 1001}, "1 to 1000"),
+    ({"stesp": 3}, "no setting 'stesp'. Did you mean 'steps'?"),
+    ({"method.kk": 3}, "no setting 'method.kk'. Did you mean 'method.k'?"),
+    ({"learning_rate": -1}, "learning_rate is -1"),
+    ({"lora.rank": 0}, "lora.rank is 0"),
+    ({"lora.target_modules": "[nothing]"}, "fit no layer"),
+    ({"lora.init": "FILES/none"}, "does not exist"),
+    ({"precision": "fp61"}, "precision"),
+    ({"precision": "fp16"}, "fp16 needs a GPU"),
+    ({"device": "cuda:7"}, "cannot be used here"),
+    ({"height": 7}, "multiples of 2"),
+    ({"config": "FILES/none.yaml"}, "no config file"),
+    ({"config": "FILES/unknown.yaml"}, "no setting 'lora.rnk'. Did you mean 'lora.rank'?"),
+    ({"config": "FILES/list.yaml"}, "holds no settings"),
+    ({"config": "FILES/binary.txt"}, "no YAML"),
+    ({"output": "/proc/nothing/run"}, "cannot be written"),
+    ({"output": "FILES/model"}, "never overwritten"),
+]
+
+
+@pytest.fixture(scope="module")
+def bad(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny files, and beside them every kind of broken one."""
+    folder = tmp_path_factory.mktemp("bad") / "files"
+    shutil.copytree(files, folder)
+    (folder / "broken.py").write_text("def red(:")
+    (folder / "empty.txt").write_text("\n  \n")
+    (folder / "binary.txt").write_bytes(bytes(range(256)))
+    (folder / "zeros.txt").write_bytes(b"a\0b\n")
+    (folder / "bad.jsonl").write_text('{"prompt": "a dog"}\n{"text": "a cat"}\n')
+    (folder / "unknown.yaml").write_text("lora: {rnk: 3}\n")
+    (folder / "list.yaml").write_text("- 1\n")
+    for name in ("corrupt", "damaged", "other"):
+        shutil.copytree(files / "model", folder / name)
+    weights = folder / "corrupt" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    (folder / "damaged" / "model_index.json").write_text("{")
+    (folder / "other" / "model_index.json").write_text('{"_class_name": "FluxFooPipeline"}')
+    return folder
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD, ids=[f"{k}-{v}".replace("FILES/", "") for flags, _ in BAD for k, v in flags.items()])
+def test_bad_input(flags: dict[str, Any], message: str, bad: Path, run_cli: Any, tmp_path: Path) -> None:
+    flags = {k: v.replace("FILES", str(bad)) if isinstance(v, str) else v for k, v in flags.items()}
+    outcome = run_cli(*args(bad, **flags))
+    assert outcome.status == 2, outcome.err
+    assert message in outcome.err
+    assert "Traceback" not in outcome.err
+    assert outcome.err.count("error:") == 1
+    assert not list((tmp_path / "runs").glob("*")), "a run folder was left behind"
+
+
+def test_debug_shows_the_traceback(run_cli: Any) -> None:
+    outcome = run_cli("train", "--method", "nothing", "--debug")
+    assert outcome.status == 2
+    assert "Traceback" in outcome.err
+
+
+def test_help_and_version(run_cli: Any) -> None:
+    assert run_cli("--help").status == 0
+    assert run_cli().status == 2
+    assert run_cli("--version").out.startswith("diffalign 0.")
+    outcome = run_cli("tarin")
+    assert outcome.status == 2
+    assert "Did you mean 'train'?" in outcome.err
+    for command in ("train", "sample", "eval", "score", "check", "list", "doctor"):
+        outcome = run_cli(command, "--help")
+        assert outcome.status == 0
+        assert f"example: diffalign {command}" in outcome.out.replace("\n", " ")
+
+
+def test_train_help_has_the_flags_of_the_named_method_with_dashes(run_cli: Any) -> None:
+    text = run_cli("train", "--method", "draft-lv", "--help").out
+    assert "--method.inference-steps" in text
+    assert "--batch-size" in text
+    assert "_size" not in text.split("Training:")[0]
+
+
+def test_print_config_is_a_config(run_cli: Any, tmp_path: Path) -> None:
+    printed = run_cli("train", "--method", "draft-lv", "--seed", 3, "--lora.rank", 2, "--print-config").out
+    config = yaml.safe_load(printed)
+    assert (config["method"]["n"], config["seed"], config["lora"]["rank"]) == (2, 3, 2)
+    (tmp_path / "c.yaml").write_text(printed)
+    assert run_cli("train", "--config", "c.yaml", "--print-config").out == printed
+    changed = yaml.safe_load(run_cli("train", "--config=c.yaml", "--seed=4", "--print-config").out)
+    assert changed == {**config, "seed": 4}
+
+
+def test_layers_of_defaults(run_cli: Any, tmp_path: Path, files: Path) -> None:
+    """Settings < the method's < the embedded model's < the file < the flag."""
+
+    def config(*flags: str) -> dict[str, Any]:
+        return yaml.safe_load(run_cli("train", *flags, "--print-config").out)
+
+    reward = f"--reward={files / 'rewards.py'}:red"
+    foreign = config("--pipeline", str(files / "model"), reward)
+    assert (foreign["guidance_scale"], foreign["learning_rate"], foreign["method"]["inference_steps"]) == (7.5, 4e-4, 50)
+    assert (config()["guidance_scale"], config()["method"]["inference_steps"]) == (1.0, 10)
+    (tmp_path / "c.yaml").write_text("method: {name: draft, inference_steps: 7}\nguidance_scale: 3\n")
+    assert config("--config", "c.yaml")["method"]["inference_steps"] == 7
+    assert config("--config", "c.yaml", "--guidance-scale", "4")["guidance_scale"] == 4.0
+    (tmp_path / "c.yaml").write_text("method: draft-lv\n")
+    assert config("--config", "c.yaml")["method"]["n"] == 2
+
+
+@pytest.mark.parametrize("command", ["sample", "eval"])
+def test_a_folder_that_is_no_run(command: str, run_cli: Any, tmp_path: Path) -> None:
+    outcome = run_cli(command, tmp_path, *(["--prompt", "x"] if command == "sample" else []))
+    assert outcome.status == 2
+    assert "is no run" in outcome.err
+
+
+def test_an_unfinished_run_names_resume(files: Path, run_cli: Any, tmp_path: Path) -> None:
+    assert main(args(files, output=tmp_path / "r")) == 0
+    shutil.rmtree(tmp_path / "r" / "lora")
+    outcome = run_cli("sample", tmp_path / "r", "--prompt", "x")
+    assert outcome.status == 2
+    assert f"--resume {tmp_path / 'r'}" in outcome.err
+    assert run_cli("sample", tmp_path / "r", "--prompt", " ").status == 2
+    assert run_cli("train", "--resume", tmp_path / "nothing").status == 2
+
+
+def test_resume_takes_more_steps(files: Path, run_cli: Any, tmp_path: Path) -> None:
+    assert main(args(files, output=tmp_path / "r")) == 0
+    assert run_cli("train", "--resume", tmp_path / "r", "--steps", 3).status == 0
+    assert len((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()) == 3
+    assert yaml.safe_load((tmp_path / "r" / "config.yaml").read_text())["steps"] == 3
+
+
+def test_score(run_cli: Any, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "flat.png")
+    Image.effect_noise((64, 64), 80).save(tmp_path / "grey.png")
+    outcome = run_cli("score", "--reward", "jpeg-compressibility", "flat.png", "grey.png", "--prompt", "x")
+    scores = {line.split("\t")[1]: float(line.split("\t")[0]) for line in outcome.out.splitlines()}
+    assert scores["flat.png"] > scores["grey.png"]
+    (tmp_path / "cut.png").write_bytes((tmp_path / "grey.png").read_bytes()[:500])
+    (tmp_path / "text.png").write_text("no picture")
+    for name, message in (("cut.png", "no picture that can be read"), ("text.png", "no picture"), ("none.png", "no file")):
+        outcome = run_cli("score", "--reward", "jpeg-compressibility", name)
+        assert outcome.status == 2
+        assert message in outcome.err
+        assert name in outcome.err
+
+
+def test_list_and_doctor(run_cli: Any) -> None:
+    for what, name in (("methods", "draft-lv"), ("rewards", "jpeg-incompressibility"), ("pipelines", "StableDiffusionPipeline")):
+        assert name in run_cli("list", what).out
+    assert "nothing is downloaded" in run_cli("doctor").out
+
+
+def test_check_passes_and_fails(files: Path, run_cli: Any) -> None:
+    outcome = run_cli(*["check", *args(files)[1:]])
+    assert outcome.status == 0, outcome.out + outcome.err
+    for name in ("ratio: replaying 4 steps gives the ratio 1", "ok    gradient", "ok    finite differences", "batch plan", "sigma = 0", "memory"):
+        assert name in outcome.out
+    outcome = run_cli(*["check", *args(files, **{"reward": f"{files / 'rewards.py'}:detached"})[1:]])
+    assert outcome.status == 2
+    assert "none arrives" in outcome.err
+
+
+def test_a_closed_pipe_and_a_cold_start_stay_light() -> None:
+    """`--help` and `list` import neither torch nor the parser's packages: that is what makes them answer at once."""
+    code = "import sys; from diffalign.cli import main; main(sys.argv[1:]); print([m for m in ('torch', 'diffusers', 'rich') if m in sys.modules])"
+    for arguments in (["--help"], ["list", "rewards"]):
+        out = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True).stdout
+        assert out.splitlines()[-1] == "[]"
+    out = subprocess.run([sys.executable, "-c", "import sys, diffalign; print('torch' in sys.modules)"], capture_output=True, text=True)
+    assert json.loads(out.stdout.lower()) is False

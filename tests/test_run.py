@@ -1,0 +1,223 @@
+"""A run from end to end on the tiny pipeline: the folder, killing and resuming, the LoRA in plain diffusers, the Python API."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+import diffalign
+from diffalign import checkpoint
+from diffalign.errors import InputError
+from diffalign.run import Run
+from diffalign.session import resume
+
+STEPS = 12
+FLAGS = {"steps": STEPS, "batch_size": 2, "checkpoint_every": 3, "learning_rate": 0.01, "eval_size": 4, "ema": 0.9, "seed": 5}
+def train_args(files: Path, output: Path, **flags: Any) -> list[str]:
+    named = {"pipeline": files / "model", "reward": f"{files / 'rewards.py'}:red", "prompts": files / "prompts.txt", "output": output}
+    chosen = {**named, "method.inference_steps": 3, **FLAGS, **flags}
+    return ["train", *(f"--{name}={value}" for name, value in chosen.items())]
+
+
+@pytest.fixture(scope="module")
+def finished(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    from diffalign.cli import main
+
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    assert main(train_args(files, output)) == 0
+    return diffalign.load(output)
+
+
+def weights(run: Path) -> bytes:
+    return (run / "lora" / "pytorch_lora_weights.safetensors").read_bytes()
+
+
+def test_the_folder(finished: Run) -> None:
+    rows = finished.metrics
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    columns = {"loss", "reward", "grad_norm", "reward_queries", "seconds", "device_seconds", "peak_memory_mb"}
+    assert columns <= rows[0].keys()
+    assert [row["reward_queries"] for row in rows] == [2 * i for i in range(1, STEPS + 1)]
+    assert sorted(p.name for p in (finished.path / "checkpoints").iterdir()) == ["step-000009", "step-000012"]
+    assert {f"step-{i:06d}.png" for i in (0, 3, 6, 9, 12)} <= {p.name for p in (finished.path / "samples").iterdir()}
+    red = finished.evaluation["rewards"][next(iter(finished.evaluation["rewards"]))]
+    assert red["interval"][0] <= red["difference"] <= red["interval"][1]
+    assert red["difference"] == pytest.approx(red["after"] - red["before"])
+    train, held = ((finished.path / "prompts" / f"{n}.txt").read_text().split("\n")[:-1] for n in ("train", "heldout"))
+    assert held
+    assert not set(train) & set(held)
+    assert sorted(train + held) == sorted(tiny.PROMPTS)
+
+
+def test_killed_and_resumed_equals_uninterrupted(files: Path, finished: Run, tmp_path: Path) -> None:
+    output = tmp_path / "killed"
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen([sys.executable, "-m", "diffalign", *train_args(files, output)], stdout=log, stderr=log, cwd=tmp_path)
+    at = random.SystemRandom().randint(1, STEPS - 2)
+    metrics, deadline = output / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= at):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (output / "lora").exists(), "the run ended before it was killed"
+    resume(output)
+    assert weights(output) == weights(finished.path), f"killed at step {at}"
+    same = ("step", "loss", "reward", "grad_norm", "reward_queries")
+    assert [[row[k] for k in same] for row in Run.open(output).metrics] == [[row[k] for k in same] for row in finished.metrics]
+
+
+def test_a_damaged_checkpoint_is_passed_over(finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished.path, copy)
+    shutil.rmtree(copy / "lora")
+    tensors = copy / "checkpoints" / "step-000012" / "tensors.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:1000])
+    resume(copy)
+    assert "step-000012 is incomplete" in capsys.readouterr().err
+    assert weights(copy) == weights(finished.path)
+    for folder in (copy / "checkpoints").iterdir():
+        (folder / "tree.json").unlink()
+    with pytest.raises(InputError, match="No whole checkpoint"):
+        resume(copy)
+
+
+def test_a_signal_saves_and_says_how_to_go_on(files: Path, finished: Run, tmp_path: Path) -> None:
+    output = tmp_path / "stopped"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diffalign", *train_args(files, output, checkpoint_every=1000)],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None and not (output / "metrics.jsonl").exists():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert f"diffalign train --resume {output}" in err
+    resume(output)
+    assert weights(output) == weights(finished.path)
+
+
+def test_plain_diffusers_gives_the_runs_own_pictures(finished: Run, files: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    paths = finished.sample(["a red dog"], seed=7, output=tmp_path)
+    pipe = StableDiffusionPipeline.from_pretrained(files / "model", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(str(finished.path / "lora"))
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    picture = pipe("a red dog", latents=noise, num_inference_steps=3, guidance_scale=finished.config["guidance_scale"]).images[0]
+    assert list(Image.open(paths[1]).getdata()) == list(picture.getdata())
+
+
+def test_lora_scale_zero_is_the_base(finished: Run, tmp_path: Path) -> None:
+    run = diffalign.load(finished.path)
+    paths = run.sample(["a red dog"], seed=7, lora_scale=0.0, output=tmp_path)
+    with run.policy.reference():
+        base = diffalign.load(finished.path).sample(["a red dog"], seed=7, output=tmp_path / "whole")
+    assert list(Image.open(paths[1]).getdata()) != list(Image.open(base[1]).getdata())
+    side = Image.open(paths[0])
+    height = (side.height - 40) // 2
+    assert side.crop((60, 40, side.width, 40 + height)).tobytes() == side.crop((60, 40 + height, side.width, side.height)).tobytes()
+
+
+def test_a_run_is_never_overwritten(finished: Run, files: Path, run_cli: Any) -> None:
+    before = sorted((p, p.stat().st_mtime_ns) for p in finished.path.rglob("*"))
+    outcome = run_cli(*train_args(files, finished.path))
+    assert outcome.status == 2
+    assert "never overwritten" in outcome.err
+    assert before == sorted((p, p.stat().st_mtime_ns) for p in finished.path.rglob("*"))
+
+
+def test_eval_again(finished: Run, run_cli: Any, tmp_path: Path) -> None:
+    target = tmp_path / "again.json"
+    assert run_cli("eval", finished.path, "--output", target).status == 0
+    assert json.loads(target.read_text())["rewards"] == finished.evaluation["rewards"]
+    assert run_cli("eval", finished.path, "--reward", "jpeg-compressibility", "--limit", 2, "--output", target).status == 0
+    assert list(json.loads(target.read_text())["rewards"]) == ["jpeg-compressibility"]
+
+
+def test_align_a_live_pipeline(tmp_path: Path) -> None:
+    pipe = tiny.stable_diffusion()
+
+    @diffalign.reward(differentiable=True)
+    def bright(images: torch.Tensor, prompts: Any) -> torch.Tensor:
+        assert len(prompts.text) == len(images)
+        return images.mean((1, 2, 3))
+
+    run = diffalign.align(
+        pipe, reward=bright, prompts=["a dog", "a cat"], steps=4, k=2, inference_steps=3, eval_size=2,
+        lora={"rank": 2, "alpha": 4}, learning_rate=1e-3, output=tmp_path / "live",
+    )  # fmt: skip
+    assert run.pipeline is pipe
+    assert run.config["method"]["k"] == 2
+    assert run.pipeline("a red circle", num_inference_steps=2).images[0].size == (16, 16)
+    assert "bright" in run.evaluation["rewards"]
+    again = diffalign.load(tmp_path / "live", pipe=tiny.stable_diffusion())
+    noise = torch.randn(1, 4, 8, 8)
+    pictures = [p("a dog", latents=noise, num_inference_steps=2, output_type="pt").images for p in (run.pipeline, again.pipeline)]
+    assert torch.equal(*pictures)
+    with pytest.raises(InputError, match="live pipeline object"):
+        diffalign.load(tmp_path / "live").pipeline  # noqa: B018
+
+
+def test_full_fine_tuning(files: Path, tmp_path: Path) -> None:
+    from diffalign.cli import main
+
+    assert main([*train_args(files, tmp_path / "full", steps=3, learning_rate=1e-3), "--full"]) == 0
+    run = diffalign.load(tmp_path / "full")
+    trained = diffalign.load(tmp_path / "full").sample(["a red dog"], output=tmp_path)
+    side = Image.open(trained[0])
+    height = (side.height - 40) // 2
+    assert side.crop((60, 40, side.width, 40 + height)).tobytes() != side.crop((60, 40 + height, side.width, side.height)).tobytes()
+    with pytest.raises(InputError, match="no LoRA to scale"):
+        run.sample(["a"], lora_scale=0.5, output=tmp_path)
+
+
+def test_accumulated_batches_are_one_step(files: Path, tmp_path: Path) -> None:
+    from diffalign.cli import main
+
+    assert main(train_args(files, tmp_path / "a", steps=2, accumulate=3)) == 0
+    rows = Run.open(tmp_path / "a").metrics
+    assert [row["reward_queries"] for row in rows] == [6, 12]
+    assert rows[0]["loss"] == pytest.approx(-rows[0]["reward"])
+
+
+def test_a_reward_that_breaks_in_mid_run_loses_nothing(files: Path, tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    @diffalign.reward(differentiable=True)
+    def moody(images: torch.Tensor, prompts: Any) -> torch.Tensor:
+        calls.append(len(images))
+        return images.mean((1, 2, 3)) * (float("nan") if len(calls) > 4 else 1)
+
+    with pytest.raises(InputError, match=r"no numbers.*\n.*kept"):
+        diffalign.align(str(files / "model"), reward=moody, prompts=["a dog"], output=tmp_path / "m", steps=9, inference_steps=2)
+    assert weights(tmp_path / "m")
+    assert len(Run.open(tmp_path / "m").metrics) == 3
+
+
+def test_checkpoint_trees_round_trip(tmp_path: Path) -> None:
+    tree = {"a": torch.arange(3), 1: [None, True, 2, 0.1, "x", {"deep": torch.zeros(0)}], "t": (torch.ones(2, 2).t(),)}
+    read = checkpoint.read(checkpoint.write(tmp_path, 3, tree, keep=1))
+    assert torch.equal(read["a"], tree["a"])
+    assert read[1][:5] == [None, True, 2, 0.1, "x"]
+    assert read[1][5]["deep"].shape == (0,)
+    checkpoint.write(tmp_path, 4, {}, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000004"]
+    with pytest.raises(TypeError, match="cannot hold"):
+        checkpoint.write(tmp_path, 5, {"f": os.getcwd}, keep=1)
+    assert checkpoint.newest(tmp_path)[0] == {}
