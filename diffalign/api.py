@@ -76,7 +76,7 @@ def evaluate_run(
     """Evaluate a finished run on held-out prompts, by default as its training did at its end; print the table and write it."""
     plan = run.plan
     checked = named_rewards(rewards) if rewards else eval_rewards(plan)
-    texts = read_prompts(prompts or str(run.path / "prompts" / "heldout.txt"), "heldout")
+    texts = read_prompts(prompts, "heldout") if prompts else run.read_prompts("heldout")
     limit = plan.settings.eval_size if limit is None else limit
     if limit < 1:
         raise InputError(f"--limit is {limit}: give 1 or more.")

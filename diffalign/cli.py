@@ -166,7 +166,6 @@ def _quiet() -> None:
     """Nothing on the screen that the person did not ask for."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
 
 
 def _train(arguments: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
 import typing
@@ -131,7 +132,7 @@ class Plan:
         settings["betas"] = list(self.settings.betas)
         return {
             "method": {"name": self.method_name, **asdict(self.method)},
-            "reward": {"name": self.reward_name, **self.reward_fields},
+            "reward": {"name": self.reward_name, **{k: str(v) if isinstance(v, Path) else v for k, v in self.reward_fields.items()}},
             **settings,
         }
 
@@ -278,6 +279,9 @@ def settle(parsed: Namespace, names: Names, reward: Any = None) -> Plan:
         checked = CheckedReward(as_reward(found(**reward_fields) if isinstance(found, type) else found), short_name(names.reward))
     for name in ("config", "output", "versions"):
         values.pop(name, None)
+    for name in values["log"]:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"log: {name} is not installed: pip install 'diffalign[{name}]'")
     settings = Settings(**{**values, "lora": LoRA(**values["lora"]), "betas": tuple(values["betas"])})
     plan = Plan(settings, names.method, method, names.reward, checked, reward_fields)
     check_needs(plan)

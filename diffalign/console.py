@@ -18,20 +18,23 @@ def say(message: str) -> None:
     console.print(message, markup=False, soft_wrap=True)
 
 
-def watch(rows: Iterable[Row], done: int, steps: int) -> Iterator[Row]:
+def watch(rows: Iterable[Row], done: int, steps: int, shown: bool = True) -> Iterator[Row]:
     """Pass the rows on, showing step, reward and the time that is left."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[metrics]}"),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
+    if not shown:
+        yield from rows
+        return
     every = max(1, steps // 10)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("training", total=steps, completed=done, metrics="")
         for row in rows:
-            shown = "  ".join(f"{name} {row.metrics[name]:.4g}" for name in ("reward", "loss", "grad_norm") if name in row.metrics)
-            progress.update(task, completed=row.step, metrics=shown)
+            text = "  ".join(f"{name} {row.metrics[name]:.4g}" for name in ("reward", "loss", "grad_norm") if name in row.metrics)
+            progress.update(task, completed=row.step, metrics=text)
             if not console.is_terminal and (row.step % every == 0 or row.step == steps):
-                say(f"step {row.step}/{steps}  {shown}  {row.metrics['seconds']:.1f} s")
+                say(f"step {row.step}/{steps}  {text}  {row.metrics['seconds']:.1f} s")
             yield row
 
 

@@ -67,7 +67,7 @@ def check_prompts(prompts: list[str]) -> list[str]:
     """The prompts of a Python caller; raises InputError where there are none, or one is empty."""
     if not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
         raise InputError("prompts: give a non-empty list of non-empty strings.")
-    return list(prompts)
+    return [prompt.strip() for prompt in prompts]
 
 
 def hold_out(prompts: list[str], seed: int, share: float = 0.1, most: int = 256) -> tuple[list[str], list[str]]:

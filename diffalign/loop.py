@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -17,6 +17,7 @@ from diffalign.config import Settings
 from diffalign.contract import CheckedReward
 from diffalign.data import PromptStream
 from diffalign.errors import InputError
+from diffalign.models import device_of
 from diffalign.run import peak_memory_mb
 from diffalign.types import Context, Loss, Method, Policy
 
@@ -49,7 +50,16 @@ class Training:
     queries: int = 0
     seconds: float = 0.0
 
+    def anywhere(self, here: bool) -> bool:
+        """Whether it is true in any process."""
+        from accelerate.utils import gather_object
+
+        return any(gather_object([here]))
+
     def state(self) -> dict[str, Any]:
+        """What a checkpoint holds; every process must call it, since each has a generator of its own."""
+        from accelerate.utils import gather_object
+
         average = self.average and {"weights": self.average.shadow_params, "steps": self.average.optimization_step}
         scaler = self.accelerator.scaler
         return {
@@ -61,7 +71,7 @@ class Training:
             "schedule": self.schedule.state_dict(),
             "average": average,
             "scaler": scaler and scaler.state_dict(),
-            "rng": self.context.rng.get_state(),
+            "rng": gather_object([self.context.rng.get_state()]),
             "stream": self.stream.state(),
             "memory": self.context.memory,
         }
@@ -82,7 +92,9 @@ class Training:
             self.average.optimization_step = state["average"]["steps"]
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.context.rng.set_state(state["rng"])
+        if len(state["rng"]) != self.accelerator.num_processes:
+            raise InputError(f"The run was made by {len(state['rng'])} processes: resume it with as many.")
+        self.context.rng.set_state(state["rng"][self.accelerator.process_index])
         self.stream.restore(state["stream"])
         self.context.memory.update(state["memory"])
         self.context.step, self.queries, self.seconds = state["step"], state["queries"], state["seconds"]
@@ -208,15 +220,22 @@ def _row(training: Training, sums: Mapping[str, list[float]], grad_norm: float) 
     }
 
 
-def make_accelerator(precision: Literal["fp32", "bf16", "fp16"], device: torch.device, trackers: list[str], folder: Any) -> Any:
-    """accelerate's Accelerator: processes, and the gradient scaler of fp16; the policy casts by itself."""
+def make_accelerator(settings: Settings) -> Any:
+    """accelerate's Accelerator: processes, trackers, and the gradient scaler of fp16; the policy casts by itself."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()  # a second training in one process may have another precision
     return Accelerator(
-        mixed_precision="fp16" if precision == "fp16" else "no",
-        cpu=device.type == "cpu",
-        log_with=list(trackers) or None,
-        project_dir=str(folder),
+        mixed_precision="fp16" if settings.precision == "fp16" else "no",
+        cpu=device_of(settings).type == "cpu",
+        log_with=list(settings.log) or None,
+        project_dir="runs",
     )
+
+
+def one_for_all(value: str) -> str:
+    """The first process's value, in every process."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]

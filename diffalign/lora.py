@@ -96,7 +96,7 @@ def save(pipe: Any, component: str, folder: Path) -> None:
 
 
 def _sort_header(path: Path) -> None:
-    """Write a safetensors file's header again, its metadata sorted: the library orders them at random, and equal runs must give equal bytes."""
+    """Sort the metadata in a safetensors file's header: the library orders them at random, and equal runs must give equal bytes."""
     content = path.read_bytes()
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])

@@ -59,36 +59,40 @@ def _index(source: str, revision: str | None) -> tuple[str, str]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' loading bars, and their notices about packages that nobody asked for."""
+    """Without transformers' and diffusers' loading bars, and their notices about packages that nobody asked for."""
     from transformers.utils import logging as transformers_logging
 
-    before = transformers_logging.get_verbosity()
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    from diffusers.utils import logging as diffusers_logging
+    from diffusers.utils import logging as diffusers_logging  # only now: importing it gives the notices
 
-    diffusers_before = diffusers_logging.get_verbosity()
+    diffusers_level = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(before)
-        transformers_logging.enable_progress_bar()
-        diffusers_logging.set_verbosity(diffusers_before)
-        diffusers_logging.enable_progress_bar()
+        transformers_logging.set_verbosity(level)
+        diffusers_logging.set_verbosity(diffusers_level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+            diffusers_logging.enable_progress_bar()
 
 
 def load_pipeline(source: str, revision: str | None = None) -> Any:
     """A diffusers pipeline in fp32 from `shapes`, a folder or a Hub id; safetensors only. Raises InputError where it cannot."""
     where, class_name = _index(source, revision)
     adapter_of(class_name)
-    try:
-        with quiet():
-            import diffusers
+    with quiet():
+        import diffusers
 
-            pipeline_class = getattr(diffusers, class_name)
-            return pipeline_class.from_pretrained(where, revision=revision, torch_dtype=torch.float32, use_safetensors=True)
+        pipeline_class = getattr(diffusers, class_name)
+    try:
+        if registry.locate(source) is None:
+            where = pipeline_class.download(source, revision=revision, use_safetensors=True)
+        with quiet():
+            return pipeline_class.from_pretrained(where, dtype=torch.float32, use_safetensors=True)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"The model in {where} does not load: {reason} Fetch or save it again.") from error

@@ -18,6 +18,7 @@ import yaml
 
 from diffalign import checkpoint
 from diffalign.config import LIVE, Plan, resolve
+from diffalign.data import read_prompts
 from diffalign.errors import InputError
 from diffalign.evaluate import sample
 from diffalign.media import grid, to_pil
@@ -38,17 +39,23 @@ class Run:
     path: Path
     live: Any = None  # the pipeline object that was trained, where one was given
 
+    @staticmethod
+    def refuse_existing(path: Path) -> None:
+        """Raise InputError where there is something at `path` already: a run is never overwritten."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError(f"{path} exists already, and a run is never overwritten: choose another --output, or --resume {path}.")
+
     @classmethod
     def create(cls, path: Path, config: Mapping[str, Any], live: Any = None) -> Run:
         """Make the folder and write config.yaml; raises InputError where it exists already or cannot be written."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise InputError(f"{path} exists already, and a run is never overwritten: choose another --output, or --resume {path}.")
+        cls.refuse_existing(path)
+        run = cls(path, live)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            (path / "config.yaml").write_text(yaml.safe_dump({**config, "versions": versions()}, sort_keys=False))
+            run.write_config({**config, "versions": versions()})
         except OSError as error:
             raise InputError(f"{path} cannot be written ({error.strerror}): choose another --output.") from error
-        return cls(path, live)
+        return run
 
     @classmethod
     def open(cls, path: str | Path, live: Any = None) -> Run:
@@ -155,6 +162,19 @@ class Run:
     def save_weights(self, policy: Any) -> None:
         """Write lora/ (or, after full fine-tuning, model/) as plain diffusers loads it."""
         policy.save(self.path / ("lora" if policy.frozen is None else "model"))
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        (self.path / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
+
+    def write_prompts(self, part: str, texts: Sequence[str]) -> None:
+        """Write prompts/train.jsonl or prompts/heldout.jsonl."""
+        (self.path / "prompts").mkdir(exist_ok=True)
+        lines = "".join(json.dumps({"prompt": text}) + "\n" for text in texts)
+        (self.path / "prompts" / f"{part}.jsonl").write_text(lines, encoding="utf-8")
+
+    def read_prompts(self, part: str) -> list[str]:
+        """The run's own prompts, 'train' or 'heldout'."""
+        return read_prompts(str(self.path / "prompts" / f"{part}.jsonl"))
 
     def append_metrics(self, row: Mapping[str, float]) -> None:
         with (self.path / "metrics.jsonl").open("a") as file:

@@ -145,12 +145,12 @@ def rollout(
         raise InputError(f"A gradient through {grad_steps} steps was asked for, in a rollout of {until}: give 0 to {until}.")
     checkpointing = grad_steps > 1 if checkpointing is None else checkpointing
 
-    x = policy.prior(condition, rng) if start is None else start
+    x = start = policy.prior(condition, rng) if start is None else start
     states, log_probs, actions = [x], list[Tensor](), list[bool]()
     for i in range(until):
         now, then = schedule.now[i], schedule.then[i]
         # drawn out here: a checkpointed step runs twice, and would draw twice
-        z = draw_noise(x.shape, x, rng) if _is_random(kernel, now, then) else None
+        z = draw_noise(start.shape, start, rng) if _is_random(kernel, now, then) else None
 
         def step(x: Tensor, now: Level = now, then: Level = then, z: Tensor | None = z) -> tuple[Tensor, Tensor]:
             action = transition(policy, x, now, then, condition, kernel)

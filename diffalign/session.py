@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from diffalign import registry
 from diffalign.config import Plan, Settings
 from diffalign.console import comparison, console, say, watch
@@ -20,9 +18,10 @@ from diffalign.contract import CheckedReward, as_reward, check_gradient, short_n
 from diffalign.data import hold_out, read_prompts
 from diffalign.errors import InputError
 from diffalign.evaluate import evaluate, sample
-from diffalign.loop import Training, make_accelerator, prepare, train
+from diffalign.loop import Training, make_accelerator, one_for_all, prepare, train
 from diffalign.media import grid
-from diffalign.models import device_of, make_policy
+from diffalign.models import adapter_of, make_policy
+from diffalign.report import curve
 from diffalign.run import Run
 from diffalign.types import Prompts
 
@@ -47,18 +46,23 @@ def start(
     """Train a plan from its beginning, in a new run folder. Lists given here stand for the settings' files."""
     settings = plan.settings
     if live is not None:
-        _check_live(live)
+        adapter_of(type(live).__name__)
+    accelerator = make_accelerator(settings)
+    path = Path(one_for_all(str(Path(output).expanduser() if output else _fresh_name(plan))))
+    if accelerator.is_main_process:
+        Run.refuse_existing(path)
     train_prompts, held_out = prompt_lists(settings, prompts, eval_prompts)
     rewards = eval_rewards(plan)
     policy = make_policy(settings, live)
     check_reward(plan, policy, train_prompts)
     for steps in {plan.sample_steps, vars(plan.method).get("inference_steps", plan.sample_steps)}:
         policy.path.schedule(steps)
-    run = Run.create(Path(output).expanduser() if output else _fresh_name(plan), plan.config(), live)
-    (run.path / "prompts").mkdir()
-    for name, texts in (("train", train_prompts), ("heldout", held_out)):
-        (run.path / "prompts" / f"{name}.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
-    return _drive(plan, run, policy, rewards, resume=False)
+    if accelerator.is_main_process:
+        run = Run.create(path, plan.config(), live)
+        run.write_prompts("train", train_prompts)
+        run.write_prompts("heldout", held_out)
+    accelerator.wait_for_everyone()
+    return drive(plan, Run.open(path, live), policy, rewards, accelerator, resume=False)
 
 
 def resume(path: str | Path, steps: int | None = None, live: Any = None) -> Run:
@@ -67,69 +71,90 @@ def resume(path: str | Path, steps: int | None = None, live: Any = None) -> Run:
     plan = run.plan
     if steps is not None:
         plan = replace(plan, settings=replace(plan.settings, steps=steps))
-        (run.path / "config.yaml").write_text(yaml.safe_dump({**run.config, "steps": steps}, sort_keys=False))
     run.newest_checkpoint()  # before the model is loaded
-    return _drive(plan, run, make_policy(plan.settings, live), eval_rewards(plan), resume=True)
+    accelerator = make_accelerator(plan.settings)
+    policy = make_policy(plan.settings, live)
+    if steps is not None and accelerator.is_main_process:
+        run.write_config({**run.config, "steps": steps})
+    return drive(plan, run, policy, eval_rewards(plan), accelerator, resume=True)
 
 
-def _drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], resume: bool) -> Run:
-    settings, reward = plan.settings, plan.reward
-    assert reward is not None
-    prompts, held_out = (read_prompts(str(run.path / "prompts" / f"{name}.txt")) for name in ("train", "heldout"))
-    accelerator = make_accelerator(settings.precision, device_of(settings), list(settings.log), run.path)
+def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accelerator: Any, resume: bool) -> Run:
+    """Train to the end or to a signal; the first process writes, and every process takes part in the steps."""
+    settings, main = plan.settings, accelerator.is_main_process
+    prompts, held_out = run.read_prompts("train"), run.read_prompts("heldout")
     training = prepare(policy, settings, prompts, accelerator)
     if resume:
         state, damaged = run.newest_checkpoint()
         for folder in damaged:
             say(f"The checkpoint {folder} is incomplete; going back to the one before.")
         training.restore(state)
-        run.rewind_metrics(training.context.step)
+        if main:
+            run.rewind_metrics(training.context.step)
         say(f"Resuming {run.path} at step {training.context.step}.")
-    say(_in_words(plan, prompts, training, run))
+    if main:
+        say(_in_words(plan, prompts, training, run))
     if settings.log:
+        accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(run.path)
         accelerator.init_trackers("diffalign", config={"run": str(run.path)})
-    picture_every = settings.sample_every or max(1, settings.steps // 4)
     shown = (held_out * PICTURES)[:PICTURES]
+    try:
+        _steps(plan, run, policy, training, shown)
+    except InputError as error:
+        if training.context.step == 0 or not main:
+            raise
+        with training.averaged():
+            run.save_weights(policy)
+        raise InputError(f"{error}\nThe weights of step {training.context.step} are kept in {run.path}.") from error
+    if main:
+        with training.averaged():
+            run.save_weights(policy)
+            if settings.eval_size:
+                chosen, picture = held_out[: settings.eval_size], run.path / "samples" / "before-after.png"
+                evaluate_into(plan, policy, rewards, chosen, settings.seed + 1, run.path / "eval.json", picture)
+        run.save_picture("curve.png", curve({run.path.name: run.metrics}))
+        say(f'Run: {run.path}   Again: diffalign sample {run.path} --prompt "{shown[0]}"')
+    accelerator.end_training()
+    return run
+
+
+def _steps(plan: Plan, run: Run, policy: Any, training: Training, shown: list[str]) -> None:
+    """Take the steps that are left; rows, pictures and checkpoints as they fall due."""
+    settings, accelerator, reward = plan.settings, training.accelerator, plan.reward
+    assert reward is not None
+    main, picture_every = accelerator.is_main_process, settings.sample_every or max(1, settings.steps // 4)
 
     def pictures() -> None:
         with training.averaged():
             images = sample(policy, shown, steps=plan.sample_steps, seed=settings.seed, batch_size=settings.batch_size)
-        name = f"samples/step-{training.context.step:06d}.png"
-        run.save_picture(name, grid([(f"step {training.context.step}", images)], shown))
+        step = training.context.step
+        run.save_picture(f"samples/step-{step:06d}.png", grid([(f"step {step}", images)], shown))
+
+    def checkpoint() -> None:
+        state = training.state()  # every process gives its generator
+        if main:
+            run.save_checkpoint(training.context.step, state, settings.keep_checkpoints)
 
     if training.context.step == 0:
-        pictures()
-        run.save_checkpoint(0, training.state(), settings.keep_checkpoints)
-    try:
-        with _signals() as caught:
-            due = False
-            rows = train(training, policy, plan.method, reward, settings)
-            for row in watch(rows, training.context.step, settings.steps):
+        if main:
+            pictures()
+        checkpoint()
+    due = False
+    with _signals() as caught:
+        rows = train(training, policy, plan.method, reward, settings)
+        for row in watch(rows, training.context.step, settings.steps, main):
+            if main:
                 run.append_metrics(row.metrics)
                 accelerator.log(row.metrics, step=row.step)
-                if row.step % picture_every == 0 and row.step < settings.steps:
+                if row.step % picture_every == 0 or row.step == settings.steps:
                     pictures()
-                due = due or row.step % settings.checkpoint_every == 0 or row.step == settings.steps
-                if row.boundary and (due or caught):
-                    run.save_checkpoint(row.step, training.state(), settings.keep_checkpoints)
-                    due = False
-                    if caught and row.step < settings.steps:
-                        raise Stopped(caught[0], row.step, run.path)
-    except InputError as error:
-        if training.context.step > 0:
-            with training.averaged():
-                run.save_weights(policy)
-            raise InputError(f"{error}\nThe weights of step {training.context.step} are kept in {run.path}.") from error
-        raise
-    pictures()
-    with training.averaged():
-        run.save_weights(policy)
-        if settings.eval_size:
-            chosen, picture = held_out[: settings.eval_size], run.path / "samples" / "before-after.png"
-            evaluate_into(plan, policy, rewards, chosen, settings.seed + 1, run.path / "eval.json", picture)
-    accelerator.end_training()
-    say(f'Run: {run.path}   Again: diffalign sample {run.path} --prompt "{shown[0]}"')
-    return run
+            due = due or row.step % settings.checkpoint_every == 0 or row.step == settings.steps
+            stop = training.anywhere(bool(caught))
+            if row.boundary and (due or stop):
+                checkpoint()
+                due = False
+                if stop and row.step < settings.steps:
+                    raise Stopped(caught[0] if caught else signal.SIGTERM, row.step, run.path)
 
 
 def evaluate_into(
@@ -176,11 +201,6 @@ def check_reward(plan: Plan, policy: Any, prompts: list[str]) -> None:
         raise InputError(f"{plan.reward_name} judges {plan.reward.modality}, and this pipeline makes {policy.modality}.")
     if plan.method.needs.differentiable_reward:
         check_gradient(plan.reward.reward, plan.reward.name, policy, Prompts(tuple(prompts[:2])))
-
-
-def _check_live(pipe: Any) -> None:
-    if type(pipe).__name__ not in registry.table("pipelines"):
-        raise InputError(f"{type(pipe).__name__} has no adapter. Supported: {', '.join(sorted(registry.table('pipelines')))}.")
 
 
 def _fresh_name(plan: Plan) -> Path:

@@ -13,7 +13,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -52,7 +51,7 @@ def main() -> int:
     policy = make_policy(settings)
     texts = read_prompts("shapes")[: 4 * chosen.batch_size]  # every prompt is encoded in the warm-up, as in any but the first epoch
     policy.encode(Prompts(tuple(texts)))
-    training = prepare(policy, settings, texts, make_accelerator("fp32", torch.device("cpu"), [], Path(".")))
+    training = prepare(policy, settings, texts, make_accelerator(settings))
     rows = train(training, policy, plan.method, reward, settings)
 
     batch = Prompts(tuple(texts[: chosen.batch_size]))

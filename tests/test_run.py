@@ -26,6 +26,8 @@ from diffalign.session import resume
 
 STEPS = 12
 FLAGS = {"steps": STEPS, "batch_size": 2, "checkpoint_every": 3, "learning_rate": 0.01, "eval_size": 4, "ema": 0.9, "seed": 5}
+
+
 def train_args(files: Path, output: Path, **flags: Any) -> list[str]:
     named = {"pipeline": files / "model", "reward": f"{files / 'rewards.py'}:red", "prompts": files / "prompts.txt", "output": output}
     chosen = {**named, "method.inference_steps": 3, **FLAGS, **flags}
@@ -53,10 +55,11 @@ def test_the_folder(finished: Run) -> None:
     assert [row["reward_queries"] for row in rows] == [2 * i for i in range(1, STEPS + 1)]
     assert sorted(p.name for p in (finished.path / "checkpoints").iterdir()) == ["step-000009", "step-000012"]
     assert {f"step-{i:06d}.png" for i in (0, 3, 6, 9, 12)} <= {p.name for p in (finished.path / "samples").iterdir()}
+    assert Image.open(finished.path / "curve.png").width > 500
     red = finished.evaluation["rewards"][next(iter(finished.evaluation["rewards"]))]
     assert red["interval"][0] <= red["difference"] <= red["interval"][1]
     assert red["difference"] == pytest.approx(red["after"] - red["before"])
-    train, held = ((finished.path / "prompts" / f"{n}.txt").read_text().split("\n")[:-1] for n in ("train", "heldout"))
+    train, held = (finished.read_prompts(part) for part in ("train", "heldout"))
     assert held
     assert not set(train) & set(held)
     assert sorted(train + held) == sorted(tiny.PROMPTS)
