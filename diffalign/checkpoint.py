@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -49,18 +50,29 @@ def _digest(path: Path) -> str:
 
 
 def write(folder: Path, step: int, tree: Any, keep: int) -> Path:
-    """Write `folder/step-000100`, atomically, then delete all but the newest `keep`."""
+    """Write `folder/step-000100`, atomically, then delete all but the newest `keep`.
+
+    Raises InputError where the disk does not take it; the checkpoints before are left as they were.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     final, draft = folder / f"step-{step:06d}", folder / f".step-{step:06d}"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
     tensors: dict[str, Tensor] = {}
-    (draft / TREE).write_text(json.dumps(_flatten(tree, tensors, "")))
-    save_file(tensors, draft / TENSORS)
-    (draft / SUMS).write_text(json.dumps({name: _digest(draft / name) for name in (TREE, TENSORS)}))
-    for file in draft.iterdir():
-        with file.open("rb") as f:
-            os.fsync(f.fileno())
+    text = json.dumps(_flatten(tree, tensors, ""))
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir()
+        (draft / TREE).write_text(text)
+        save_file(tensors, draft / TENSORS)
+        (draft / SUMS).write_text(json.dumps({name: _digest(draft / name) for name in (TREE, TENSORS)}))
+        for file in draft.iterdir():
+            with file.open("rb") as f:
+                os.fsync(f.fileno())
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise InputError(
+            f"The checkpoint of step {step} could not be written ({error}). Those before it are whole: mend the disk, then "
+            f"diffalign train --resume {folder.parent}"
+        ) from error
     shutil.rmtree(final, ignore_errors=True)  # an incomplete one of the same step, met by a resumed run
     draft.rename(final)
     for old in sorted(folder.glob("step-*"))[: -max(keep, 1)]:

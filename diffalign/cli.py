@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import re
 import sys
@@ -54,10 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        full = " The disk is full: make room; what was saved before is whole." if error.errno == errno.ENOSPC else ""
-        return _fail(f"{error}.{full}", 2, debug)
     except Exception as error:
+        if "No space left on device" in str(error):
+            return _fail(f"The disk is full ({error}). Make room: the checkpoints before are whole, and --resume goes on.", 2, debug)
+        if isinstance(error, OSError):
+            return _fail(f"{error}.", 2, debug)
         if type(error).__name__ == "OutOfMemoryError":
             return _fail(f"Out of memory ({str(error).splitlines()[0]}). Lower --batch-size, and raise --accumulate.", 2, debug)
         return _fail(f"{type(error).__name__}: {error}\nThis is a fault in diffalign or in a plug-in; --debug shows where.", 1, debug)

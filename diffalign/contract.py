@@ -39,7 +39,7 @@ def reward(*, differentiable: bool, modality: Modality = "image") -> Callable[[C
 
 def as_reward(thing: Any) -> Reward:
     """A reward object as it is; a bare callable as a reward without gradient."""
-    if isinstance(thing, Reward):
+    if isinstance(thing, Reward) and not isinstance(thing, type):
         return thing
     if callable(thing) and not isinstance(thing, type):
         return FunctionReward(thing)

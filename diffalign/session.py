@@ -6,10 +6,12 @@ import datetime
 import json
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from diffalign import registry
 from diffalign.config import Plan, Settings
@@ -103,9 +105,10 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
     except InputError as error:
         if training.context.step == 0 or not main:
             raise
-        with training.averaged():
+        with training.averaged(), suppress(OSError, SafetensorError):  # the disk itself may be the trouble
             run.save_weights(policy)
-        raise InputError(f"{error}\nThe weights of step {training.context.step} are kept in {run.path}.") from error
+            raise InputError(f"{error}\nThe weights of step {training.context.step} are kept in {run.path}.") from error
+        raise
     if main:
         with training.averaged():
             run.save_weights(policy)

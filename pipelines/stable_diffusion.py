@@ -24,7 +24,6 @@ class StableDiffusion:
     Make one with `StableDiffusion.of(pipe)`. The pipeline's modules are used as they are, never copied: its UNet is what trains.
     """
 
-    modality: ClassVar[Modality] = "image"
     component: ClassVar[str] = "unet"
     lora_targets: ClassVar[list[str]] = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -65,6 +64,10 @@ class StableDiffusion:
 
         path = path_of(pipe.scheduler)
         return cls(pipe, path, guidance_scale, negative_prompt, height, width, dtype, TextCache(encode))
+
+    @property
+    def modality(self) -> Modality:
+        return "image"
 
     @property
     def module(self) -> Any:

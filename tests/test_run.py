@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -118,12 +119,12 @@ def test_plain_diffusers_gives_the_runs_own_pictures(finished: Run, files: Path,
     from diffusers import StableDiffusionPipeline
 
     paths = finished.sample(["a red dog"], seed=7, output=tmp_path)
-    pipe = StableDiffusionPipeline.from_pretrained(files / "model", torch_dtype=torch.float32)
+    pipe: Any = StableDiffusionPipeline.from_pretrained(files / "model", torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(str(finished.path / "lora"))
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
     picture = pipe("a red dog", latents=noise, num_inference_steps=3, guidance_scale=finished.config["guidance_scale"]).images[0]
-    assert list(Image.open(paths[1]).getdata()) == list(picture.getdata())
+    assert Image.open(paths[1]).tobytes() == picture.tobytes()
 
 
 def test_lora_scale_zero_is_the_base(finished: Run, tmp_path: Path) -> None:
@@ -131,7 +132,7 @@ def test_lora_scale_zero_is_the_base(finished: Run, tmp_path: Path) -> None:
     paths = run.sample(["a red dog"], seed=7, lora_scale=0.0, output=tmp_path)
     with run.policy.reference():
         base = diffalign.load(finished.path).sample(["a red dog"], seed=7, output=tmp_path / "whole")
-    assert list(Image.open(paths[1]).getdata()) != list(Image.open(base[1]).getdata())
+    assert Image.open(paths[1]).tobytes() != Image.open(base[1]).tobytes()
     side = Image.open(paths[0])
     height = (side.height - 40) // 2
     assert side.crop((60, 40, side.width, 40 + height)).tobytes() == side.crop((60, 40 + height, side.width, side.height)).tobytes()
@@ -211,6 +212,19 @@ def test_a_reward_that_breaks_in_mid_run_loses_nothing(files: Path, tmp_path: Pa
         diffalign.align(str(files / "model"), reward=moody, prompts=["a dog"], output=tmp_path / "m", steps=9, inference_steps=2)
     assert weights(tmp_path / "m")
     assert len(Run.open(tmp_path / "m").metrics) == 3
+
+
+def test_a_full_disk_keeps_what_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.write(tmp_path / "checkpoints", 1, {"a": torch.ones(2)}, keep=2)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(InputError, match=f"No space left.*--resume {tmp_path}"):
+        checkpoint.write(tmp_path / "checkpoints", 2, {"a": torch.zeros(2)}, keep=2)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+    assert torch.equal(checkpoint.newest(tmp_path / "checkpoints")[0]["a"], torch.ones(2))
 
 
 def test_checkpoint_trees_round_trip(tmp_path: Path) -> None:

@@ -1,0 +1,126 @@
+"""The loop by itself: what `update` means, where a boundary is, clipping, the average, and no memory kept over many steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import tiny
+import torch
+
+from diffalign.config import Settings
+from diffalign.contract import CheckedReward, FunctionReward
+from diffalign.errors import InputError
+from diffalign.loop import Row, Training, make_accelerator, prepare, train
+from diffalign.lora import LoRA
+from diffalign.methods.draft import DRaFT
+from diffalign.pipelines.stable_diffusion import StableDiffusion
+from diffalign.types import Context, Loss, Needs, Policy, Prompts, Reward
+
+BRIGHT = FunctionReward(lambda images, prompts: images.mean((1, 2, 3)), differentiable=True)
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """A method with two optimiser steps a batch, the second of two micro-batches; its loss is the sum of the trained weights."""
+
+    value: float = 1.0
+    needs: ClassVar[Needs] = Needs(reward=False)
+    defaults: ClassVar[Mapping[str, Any]] = {}
+
+    def losses(self, policy: Policy, reward: Reward, batch: Prompts, context: Context) -> Iterator[Loss]:
+        def total() -> torch.Tensor:
+            return sum((p.sum() for p in policy.module.parameters() if p.requires_grad), torch.zeros(())) * self.value
+
+        context.memory["rounds"] = context.memory.get("rounds", 0) + 1
+        yield Loss(total(), {"part": 1.0})
+        yield Loss(total(), {"part": 2.0}, update=False)
+        yield Loss(total(), {"part": 4.0})
+
+
+def make(method: Any, **settings: Any) -> tuple[Training, Iterator[Row]]:
+    chosen = Settings(**{"batch_size": 1, "learning_rate": 1e-3, "max_grad_norm": 1e9, **settings})
+    policy = StableDiffusion.of(tiny.stable_diffusion(), guidance_scale=1.0)
+    policy.adapt(LoRA(rank=2))
+    training = prepare(policy, chosen, ["a dog", "a cat"], make_accelerator(chosen))
+    return training, train(training, policy, method, CheckedReward(BRIGHT, "bright"), chosen)
+
+
+def test_updates_and_boundaries() -> None:
+    training, rows = make(Rounds(), steps=5)
+    taken = list(rows)
+    assert [row.step for row in taken] == [1, 2, 3, 4, 5]
+    assert [row.boundary for row in taken] == [False, True, False, True, True]
+    assert [row.metrics["part"] for row in taken] == [1.0, 3.0, 1.0, 3.0, 1.0]
+    count = sum(p.numel() for p in training.parameters.values())
+    norms = [row.metrics["grad_norm"] for row in taken]
+    assert norms == pytest.approx([count**0.5, 2 * count**0.5] * 2 + [count**0.5], rel=1e-5), "two micro-batches add up"
+    assert training.context.memory == {"rounds": 3}
+
+
+def test_accumulation_averages() -> None:
+    training, rows = make(Rounds(), steps=2, accumulate=2)
+    row = next(rows)
+    count = sum(p.numel() for p in training.parameters.values())
+    assert row.metrics["grad_norm"] == pytest.approx(1.5 * count**0.5, rel=1e-5), "(1 + 2) / 2"
+    assert row.boundary
+
+
+def test_the_step_is_adamw_on_the_clipped_gradient() -> None:
+    training, rows = make(Rounds(), steps=1, max_grad_norm=0.5, learning_rate=0.1)
+    before = {n: p.detach().clone() for n, p in training.parameters.items()}
+    next(rows)
+    for name, p in training.parameters.items():  # Adam's first step is the sign of the gradient, whatever the clipping
+        assert torch.allclose(p, before[name] - 0.1, atol=1e-4)
+
+
+def test_the_average_is_diffusers_own() -> None:
+    training, rows = make(Rounds(), steps=3, ema=0.5)
+    first = next(iter(training.parameters.values()))
+    raw = [first.detach().clone(), *(first.detach().clone() for _ in rows)]
+    average = raw[0]
+    for step, weights in enumerate(raw[1:], 1):
+        decay = min(0.5, (1 + step - 1) / (10 + step - 1)) if step > 1 else 0.0  # EMAModel's warm-up
+        average = decay * average + (1 - decay) * weights
+    with training.averaged():
+        assert torch.allclose(first, average, atol=1e-6)
+    assert torch.equal(first, raw[-1])
+
+
+@pytest.mark.parametrize(("value", "message"), [(float("nan"), "is nan: lower"), (float("inf"), "lower")])
+def test_a_loss_that_is_no_number_stops_before_the_step(value: float, message: str) -> None:
+    training, rows = make(Rounds(value), steps=1)
+    before = {n: p.detach().clone() for n, p in training.parameters.items()}
+    with pytest.raises(InputError, match=message):
+        next(rows)
+    assert all(torch.equal(p, before[n]) for n, p in training.parameters.items())
+
+
+def test_no_graph_is_kept() -> None:
+    """The number of live tensors is the same after 200 steps as after 20."""
+    import gc
+
+    _, rows = make(DRaFT(inference_steps=1), steps=201)
+    counts: dict[int, int] = {}
+    for row in rows:
+        if row.step in (20, 200):
+            gc.collect()
+            counts[row.step] = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+    assert counts[200] <= counts[20]
+
+
+def test_the_state_comes_back() -> None:
+    training, rows = make(Rounds(), steps=6, ema=0.9)
+    for _ in range(2):
+        next(rows)
+    state = training.state()
+    other, _ = make(Rounds(), steps=6, ema=0.9, seed=4)
+    other.restore(state)
+    assert other.context.step == 2
+    assert all(torch.equal(p, other.parameters[n]) for n, p in training.parameters.items())
+    assert torch.equal(other.context.rng.get_state(), training.context.rng.get_state())
+    state["parameters"] = {"unknown": torch.zeros(1)}
+    with pytest.raises(InputError, match="do not fit this model"):
+        other.restore(state)
