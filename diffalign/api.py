@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from diffalign import registry
-from diffalign.config import LIVE, Plan, resolve
+from diffalign.config import Plan, resolve
 from diffalign.console import say
 from diffalign.data import check_prompts, read_prompts
 from diffalign.errors import InputError
@@ -19,6 +19,7 @@ from diffalign.models import make_policy
 from diffalign.preflight import Finding, preflight
 from diffalign.run import Run
 from diffalign.session import check_reward, eval_rewards, evaluate_into, named_rewards, prompt_lists, start
+from diffalign.settings import LIVE
 from diffalign.types import Prompts
 
 

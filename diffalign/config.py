@@ -1,4 +1,4 @@
-"""Settings of a training, and how they are resolved: defaults < method < embedded model < config file < what the user says."""
+"""How a plan is resolved: settings' defaults < the method's < the embedded model's < the config file < what the user says."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import docstring_parser
 import yaml
@@ -21,92 +21,8 @@ from diffalign import registry
 from diffalign.contract import CheckedReward, FunctionReward, as_reward, short_name
 from diffalign.errors import InputError, nearest
 from diffalign.lora import LoRA
+from diffalign.settings import LIVE, Settings
 from diffalign.types import Method
-
-LIVE = "live object"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Training."""
-
-    pipeline: str = "shapes"
-    """Model to align: shapes (embedded), a Hub id, or a folder in diffusers layout."""
-    revision: str | None = None
-    """Revision of a Hub model."""
-    prompts: str | None = None
-    """Training prompts: a .txt or .jsonl file, shapes, or hf:user/dataset/file.txt."""
-    eval_prompts: str | None = None
-    """Held-out prompts; by default a tenth of the prompts is held out."""
-    eval_rewards: list[str] | None = None
-    """Rewards of the evaluation; by default the one that is trained on."""
-    eval_size: int = 64
-    """Held-out prompts to evaluate on, before and after; 0 for no evaluation."""
-    guidance_scale: float = 7.5
-    """Classifier-free guidance, in sampling and in training; 1 for none."""
-    negative_prompt: str = ""
-    """Prompt of the unconditional branch."""
-    height: int | None = None
-    """Height of the pictures in pixels; by default the model's own."""
-    width: int | None = None
-    """Width of the pictures in pixels; by default the model's own."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the network; LoRA weights, log-probabilities and the VAE stay fp32."""
-    device: str | None = None
-    """By default cuda, mps or cpu, the first there is."""
-    full: bool = False
-    """Train all of the network instead of a LoRA."""
-    lora: LoRA = field(default_factory=LoRA)
-    steps: int = 100
-    """Optimiser steps."""
-    batch_size: int = 4
-    """Samples of one forward, for each process."""
-    accumulate: int = 1
-    """Batches that are averaged into one optimiser step."""
-    learning_rate: float = 1e-4
-    """Of AdamW."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Of AdamW."""
-    weight_decay: float = 0.0
-    """Of AdamW."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
-    lr_schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
-    """Schedule of the learning rate."""
-    warmup_steps: int = 0
-    """Steps until the learning rate is whole."""
-    ema: float | None = None
-    """Decay of an exponential moving average of the trained weights, which is then what is saved."""
-    seed: int = 0
-    """Of everything that is drawn."""
-    checkpoint_every: int = 100
-    """Optimiser steps between checkpoints."""
-    keep_checkpoints: int = 2
-    """The newest that are kept."""
-    sample_every: int | None = None
-    """Optimiser steps between sample pictures; by default a quarter of the steps."""
-    sample_steps: int | None = None
-    """Denoising steps of sample pictures and evaluation; by default the method's."""
-    log: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
-    """Trackers besides metrics.jsonl, each with its extra."""
-
-    def __post_init__(self) -> None:
-        whole = dict(steps=1, batch_size=1, accumulate=1, eval_size=0, warmup_steps=0, checkpoint_every=1, keep_checkpoints=1)
-        for name, least in whole.items():
-            if vars(self)[name] < least:
-                raise InputError(f"{name} is {vars(self)[name]}: give {least} or more.")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not 0 < vars(self)[name] < float("inf"):
-                raise InputError(f"{name} is {vars(self)[name]}: give a number above 0.")
-        for name in ("sample_every", "sample_steps"):
-            if vars(self)[name] is not None and vars(self)[name] < 1:
-                raise InputError(f"{name} is {vars(self)[name]}: give 1 or more.")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise InputError(f"ema is {self.ema}: give a decay between 0 and 1, such as 0.99.")
-        if not 0 <= self.guidance_scale < float("inf"):
-            raise InputError(f"guidance_scale is {self.guidance_scale}: give 1 (none) or more.")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed is {self.seed}: give a whole number from 0.")
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,8 @@ def bootstrap(differences: NDArray[np.float64], seed: int, resamples: int = 10_0
 
 
 @torch.no_grad()
-def score(reward: CheckedReward, media: Tensor, prompts: Sequence[str], batch_size: int) -> NDArray[np.float64]:
-    """(B,) scores on the device the reward finds its media on."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def score(reward: CheckedReward, media: Tensor, prompts: Sequence[str], *, batch_size: int, device: torch.device) -> NDArray[np.float64]:
+    """(B,) scores of media that lie on the CPU, computed on `device` in batches."""
     parts = [
         reward(media[i : i + batch_size].to(device), Prompts(tuple(prompts[i : i + batch_size])))
         for i in range(0, len(prompts), batch_size)
@@ -71,8 +70,10 @@ def evaluate(
     after = sample(policy, prompts, steps=steps, seed=seed, batch_size=batch_size)
     with policy.reference():
         before = sample(policy, prompts, steps=steps, seed=seed, batch_size=batch_size)
-    table = {
-        reward.name: compare(score(reward, before, prompts, batch_size), score(reward, after, prompts, batch_size), seed)
-        for reward in rewards
-    }
+    device = next(policy.module.parameters()).device
+
+    def scores(reward: CheckedReward, media: Tensor) -> NDArray[np.float64]:
+        return score(reward, media, prompts, batch_size=batch_size, device=device)
+
+    table = {reward.name: compare(scores(reward, before), scores(reward, after), seed) for reward in rewards}
     return {"prompts": len(prompts), "denoising_steps": steps, "seed": seed, "rewards": table}, before, after

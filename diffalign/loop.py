@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from diffalign.config import Settings
 from diffalign.contract import CheckedReward
 from diffalign.data import PromptStream
 from diffalign.errors import InputError
 from diffalign.models import device_of
 from diffalign.run import peak_memory_mb
+from diffalign.settings import Settings
 from diffalign.types import Context, Loss, Method, Policy
 
 

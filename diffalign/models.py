@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from diffalign import registry
-from diffalign.config import Settings
 from diffalign.errors import InputError, nearest
+from diffalign.settings import Settings
 
 
 def device_of(settings: Settings) -> torch.device:

@@ -7,7 +7,8 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +18,13 @@ import torch
 import yaml
 
 from diffalign import checkpoint
-from diffalign.config import LIVE, Plan, resolve
+from diffalign.config import Plan, resolve
 from diffalign.data import read_prompts
 from diffalign.errors import InputError
 from diffalign.evaluate import sample
 from diffalign.media import grid, to_pil
 from diffalign.models import load_pipeline, make_policy
+from diffalign.settings import LIVE
 
 PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "pillow")
 
@@ -126,12 +128,11 @@ class Run:
     ) -> list[Path]:
         """Pictures of the prompts from the base model and the trained one, same noise: `[side by side, each trained one, ...]`."""
         settings, policy = self.plan.settings, self.policy
-        if lora_scale != 1.0:
-            if settings.full:
-                raise InputError("lora_scale: this run trained all weights, and has no LoRA to scale.")
-            self.pipeline.set_adapters("default", lora_scale)
+        if lora_scale != 1.0 and settings.full:
+            raise InputError("lora_scale: this run trained all weights, and has no LoRA to scale.")
         chosen = dict(steps=steps or self.plan.sample_steps, seed=seed, batch_size=settings.batch_size)
-        after = sample(policy, prompts, **chosen)
+        with _scaled(self.pipeline, lora_scale):
+            after = sample(policy, prompts, **chosen)
         with policy.reference():
             before = sample(policy, prompts, **chosen)
         folder = self.path / "samples" if output is None else Path(output).expanduser()
@@ -204,6 +205,19 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
         return path
+
+
+@contextmanager
+def _scaled(pipe: Any, lora_scale: float) -> Iterator[None]:
+    """The pipeline's LoRA at another strength while the block runs."""
+    if lora_scale == 1.0:
+        yield
+        return
+    pipe.set_adapters("default", lora_scale)
+    try:
+        yield
+    finally:
+        pipe.set_adapters("default", 1.0)
 
 
 def peak_memory_mb() -> float:

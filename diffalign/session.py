@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from diffalign import registry
-from diffalign.config import Plan, Settings
+from diffalign.config import Plan
 from diffalign.console import comparison, console, say, watch
 from diffalign.contract import CheckedReward, as_reward, check_gradient, short_name
 from diffalign.data import hold_out, read_prompts
@@ -25,6 +25,7 @@ from diffalign.media import grid
 from diffalign.models import adapter_of, make_policy
 from diffalign.report import curve
 from diffalign.run import Run
+from diffalign.settings import Settings
 from diffalign.types import Prompts
 
 PICTURES = 8

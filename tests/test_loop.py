@@ -10,13 +10,13 @@ import pytest
 import tiny
 import torch
 
-from diffalign.config import Settings
 from diffalign.contract import CheckedReward, FunctionReward
 from diffalign.errors import InputError
 from diffalign.loop import Row, Training, make_accelerator, prepare, train
 from diffalign.lora import LoRA
 from diffalign.methods.draft import DRaFT
 from diffalign.pipelines.stable_diffusion import StableDiffusion
+from diffalign.settings import Settings
 from diffalign.types import Context, Loss, Needs, Policy, Prompts, Reward
 
 BRIGHT = FunctionReward(lambda images, prompts: images.mean((1, 2, 3)), differentiable=True)
