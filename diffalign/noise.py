@@ -157,6 +157,8 @@ def path_of(scheduler: Any, mu: float | None = None) -> NoisePath:
     config: dict[str, Any] = dict(scheduler.config)
     config.pop("_use_default_values", None)  # values its class set by default: from_config would put DDIM's in their place
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        if config["use_dynamic_shifting"] and mu is None:
+            raise InputError("This scheduler shifts by the resolution (use_dynamic_shifting): path_of(scheduler, mu=...) needs mu.")
         return RectifiedFlow(FlowMatchEulerDiscreteScheduler.from_config(config), mu)  # pyright: ignore[reportUnknownMemberType]
     if "num_train_timesteps" not in config or not ("beta_schedule" in config or "trained_betas" in config):
         raise InputError(f"No noise path is known for {type(scheduler).__name__}. Give the pipeline a DDIMScheduler.")

@@ -97,7 +97,8 @@ class Condition:
 class Trajectory:
     """What a rollout of N steps leaves: `states` (N+1, B, *latent) noisy to clean, `log_probs` (N, B), its levels and condition.
 
-    `actions` (N,) says which steps were random: a step with std 0 is no action, its log-probability is 0 and means nothing.
+    `actions` (N,) says which steps were random: a step with std 0 is no action, its log-probability is 0 and means nothing. The
+    log-probabilities are of the sampling policy; for a gradient, replay the steps with `transition`.
     """
 
     states: Tensor

@@ -19,13 +19,14 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 @dataclass
 class TextCache:
-    """Text embeddings, computed once. `encode` maps a list of texts to (n, tokens, width).
+    """Text embeddings, computed once. `encode` maps a list of texts to (n, tokens, width); rows are kept on the CPU, up to `capacity`.
 
     Missing texts go through the encoder in batches of one fixed size: a row's last bits depend on the batch size, and a resumed run
     has another cache than an uninterrupted one.
     """
 
     encode: Callable[[list[str]], Tensor]
+    device: str | torch.device = "cpu"
     batch_size: int = 8
     capacity: int = 4096
     rows: OrderedDict[str, Tensor] = field(default_factory=OrderedDict)
@@ -36,13 +37,13 @@ class TextCache:
         for i in range(0, len(missing), self.batch_size):
             chunk = missing[i : i + self.batch_size]
             padded = chunk + [""] * (self.batch_size - len(chunk))
-            found.update(zip(chunk, self.encode(padded).detach(), strict=False))
+            found.update(zip(chunk, self.encode(padded).detach().cpu(), strict=False))
         for text, row in found.items():
             self.rows[text] = row
             self.rows.move_to_end(text)
         while len(self.rows) > self.capacity:
             self.rows.popitem(last=False)
-        return torch.stack([found[text] for text in texts])
+        return torch.stack([found[text] for text in texts]).to(self.device)
 
 
 @contextmanager

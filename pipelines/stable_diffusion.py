@@ -63,7 +63,7 @@ class StableDiffusion:
             return pipe.encode_prompt(texts, device, 1, False)[0].float()
 
         path = path_of(pipe.scheduler)
-        return cls(pipe, path, guidance_scale, negative_prompt, height, width, dtype, TextCache(encode))
+        return cls(pipe, path, guidance_scale, negative_prompt, height, width, dtype, TextCache(encode, device))
 
     @property
     def modality(self) -> Modality:
@@ -115,7 +115,7 @@ class StableDiffusion:
         return unconditional + condition.guidance_scale * (conditional - unconditional)
 
     def _unet(self, x: Tensor, t: Tensor, hidden: Tensor) -> Tensor:
-        # The cache of casts would hand a step with a graph the weights that a step without one had cast.
+        # Each weight is used once a call, and older torch handed a step with a graph the casts made without one: no cache.
         half = self.dtype != torch.float32
         with torch.autocast(x.device.type, self.dtype if half else None, enabled=half, cache_enabled=False):
             return self.pipe.unet(x, t, encoder_hidden_states=hidden, return_dict=False)[0].to(x.dtype)
