@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from diffalign.models import make_policy
     from diffalign.run import Run
     from diffalign.sampling import ddim, flow_sde, rollout, transition
+    from diffalign.session import resume
 
-__all__ = ["InputError", "Run", "align", "ddim", "flow_sde", "load", "make_policy", "reward", "rollout", "transition"]
+__all__ = ["InputError", "Run", "align", "ddim", "flow_sde", "load", "make_policy", "resume", "reward", "rollout", "transition"]
 
 check_links()
 
@@ -29,6 +30,7 @@ _HOMES = {
     "flow_sde": "sampling",
     "load": "api",
     "make_policy": "models",
+    "resume": "session",
     "reward": "contract",
     "rollout": "sampling",
     "transition": "sampling",

@@ -77,6 +77,8 @@ def evaluate_run(
     """Evaluate a finished run on held-out prompts, by default as its training did at its end; print the table and write it."""
     plan = run.plan
     checked = named_rewards(rewards) if rewards else eval_rewards(plan)
+    if not checked:
+        raise InputError(f"{run.path} was trained on a reward given as a Python object: name others with --reward NAME.")
     texts = read_prompts(prompts, "heldout") if prompts else run.read_prompts("heldout")
     limit = plan.settings.eval_size if limit is None else limit
     if limit < 1:

@@ -123,7 +123,7 @@ def _value(arguments: list[str], flag: str) -> str | None:
 
 def _plan(arguments: list[str], command: str) -> tuple[Plan, str | None] | None:
     """The plan of a train or check command line and its --output; None where help or the configuration was asked for, and printed."""
-    from diffalign.config import Names, build_parser, flat, names_of, nested, parse, read_config, settle
+    from diffalign.config import Names, build_parser, check_needs, flat, names_of, nested, parse, read_config, settle
 
     arguments = _normal(arguments)
     file = _value(arguments, "--config")
@@ -143,6 +143,7 @@ def _plan(arguments: list[str], command: str) -> tuple[Plan, str | None] | None:
     parsed = parse(parser, lambda: parser.parse_args([a for a in arguments if a != "--print_config"]))
     output = parsed.pop("output")
     plan = settle(parsed, names)
+    check_needs(plan)
     if show:
         import yaml
 

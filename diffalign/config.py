@@ -35,6 +35,7 @@ class Plan:
     reward_name: str | None
     reward: CheckedReward | None
     reward_fields: Mapping[str, Any] = field(default_factory=dict)
+    reward_is_live: bool = False  # given as a Python object, which no file can name
 
     @property
     def sample_steps(self) -> int:
@@ -48,7 +49,10 @@ class Plan:
         settings["betas"] = list(self.settings.betas)
         return {
             "method": {"name": self.method_name, **asdict(self.method)},
-            "reward": {"name": self.reward_name, **{k: str(v) if isinstance(v, Path) else v for k, v in self.reward_fields.items()}},
+            "reward": {
+                "name": LIVE if self.reward_is_live else self.reward_name,
+                **{k: str(v) if isinstance(v, Path) else v for k, v in self.reward_fields.items()},
+            },
             **settings,
         }
 
@@ -136,7 +140,8 @@ def names_of(given: Mapping[str, Any]) -> Names:
     registry.find("methods", method)
     if pipeline != LIVE:
         registry.locate(pipeline)
-    return Names(method, pipeline, name("reward") or model_preset(pipeline, method).get("reward"))
+    reward = name("reward") or model_preset(pipeline, method).get("reward")
+    return Names(method, pipeline, None if reward == LIVE else reward)
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -181,7 +186,7 @@ def _dashed(message: str) -> str:
 
 
 def settle(parsed: Namespace, names: Names, reward: Any = None) -> Plan:
-    """The plan of parsed values: method and reward made, and the method's needs checked, before any model is loaded."""
+    """The plan of parsed values: method and reward made, before any model is loaded. `check_needs` is the caller's to call."""
     values: dict[str, Any] = deepcopy(parsed).as_dict()
     method_class, _ = registry.find("methods", names.method)
     method_fields = {k: v for k, v in values.pop("method").items() if k != "name"}
@@ -199,13 +204,11 @@ def settle(parsed: Namespace, names: Names, reward: Any = None) -> Plan:
         if importlib.util.find_spec(name) is None:
             raise InputError(f"log: {name} is not installed: pip install 'diffalign[{name}]'")
     settings = Settings(**{**values, "lora": LoRA(**values["lora"]), "betas": tuple(values["betas"])})
-    plan = Plan(settings, names.method, method, names.reward, checked, reward_fields)
-    check_needs(plan)
-    return plan
+    return Plan(settings, names.method, method, names.reward, checked, reward_fields, reward is not None)
 
 
 def check_needs(plan: Plan) -> None:
-    """Raise InputError where the method lacks what it cannot do without."""
+    """Raise InputError where the method lacks what it cannot do without; nothing heavy has been loaded yet."""
     needs = plan.method.needs
     if needs.reward and plan.reward is None:
         raise InputError(f"{plan.method_name} needs a reward: --reward NAME. See: diffalign list rewards.")
@@ -225,10 +228,10 @@ def name_of(reward: Any) -> str:
 
 
 def resolve(given: Mapping[str, Any], reward: Any = None) -> Plan:
-    """The plan of nested values (the Python API, and a run's config.yaml)."""
+    """The plan of nested values (the Python API, and a run's config.yaml); `reward` is an object in the place of a name."""
     given = nested(given)
     names = names_of(given)
-    if reward is not None:
+    if reward is not None or names.reward is None:
         names = Names(names.method, names.pipeline, None)
         given = {**given, "reward": {}}
     parser = build_parser(names)

@@ -80,7 +80,7 @@ class Run:
 
     @cached_property
     def plan(self) -> Plan:
-        """The settings, method and reward of the run."""
+        """The settings, method and reward of the run; no reward where it was a Python object."""
         return resolve(self.config)
 
     @property

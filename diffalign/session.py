@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from diffalign import registry
-from diffalign.config import Plan
+from diffalign.config import Plan, check_needs, resolve
 from diffalign.console import comparison, console, say, watch
 from diffalign.contract import CheckedReward, as_reward, check_gradient, short_name
 from diffalign.data import hold_out, read_prompts
@@ -47,6 +47,7 @@ def start(
     eval_prompts: list[str] | None = None,
 ) -> Run:
     """Train a plan from its beginning, in a new run folder. Lists given here stand for the settings' files."""
+    check_needs(plan)
     settings = plan.settings
     if live is not None:
         adapter_of(type(live).__name__)
@@ -68,15 +69,21 @@ def start(
     return drive(plan, Run.open(path, live), policy, rewards, accelerator, resume=False)
 
 
-def resume(path: str | Path, steps: int | None = None, live: Any = None) -> Run:
-    """Go on with a run from its newest whole checkpoint; with `steps`, to another number of optimiser steps."""
-    run = Run.open(path, live)
-    plan = run.plan
+def resume(path: str | Path, steps: int | None = None, pipe: Any = None, reward: Any = None) -> Run:
+    """Go on with a run from its newest whole checkpoint; with `steps`, to another number of optimiser steps.
+
+    A run that was made from a live pipeline or reward object wants it again: `pipe`, `reward`.
+    """
+    run = Run.open(path, pipe)
+    plan = resolve(run.config, reward)
+    if plan.reward is None and plan.method.needs.reward:
+        raise InputError(f"{path} was trained on a reward given as a Python object: diffalign.resume(folder, reward=...) wants it again.")
+    check_needs(plan)
     if steps is not None:
         plan = replace(plan, settings=replace(plan.settings, steps=steps))
     run.newest_checkpoint()  # before the model is loaded
     accelerator = make_accelerator(plan.settings)
-    policy = make_policy(plan.settings, live)
+    policy = make_policy(plan.settings, pipe)
     if steps is not None and accelerator.is_main_process:
         run.write_config({**run.config, "steps": steps})
     return drive(plan, run, policy, eval_rewards(plan), accelerator, resume=True)
@@ -187,7 +194,8 @@ def prompt_lists(settings: Settings, prompts: list[str] | None, held: list[str] 
 
 
 def eval_rewards(plan: Plan) -> list[CheckedReward]:
-    assert plan.reward is not None
+    if plan.reward is None:
+        return named_rewards(plan.settings.eval_rewards or [])
     others = [name for name in plan.settings.eval_rewards or [] if name != plan.reward_name]
     return [CheckedReward(plan.reward.reward, plan.reward.name), *named_rewards(others)]
 

@@ -174,6 +174,11 @@ def test_align_a_live_pipeline(tmp_path: Path) -> None:
     noise = torch.randn(1, 4, 8, 8)
     pictures = [p("a dog", latents=noise, num_inference_steps=2, output_type="pt").images for p in (run.pipeline, again.pipeline)]
     assert torch.equal(*pictures)
+    assert again.sample(["a dog"], output=tmp_path)[0].is_file()
+    with pytest.raises(InputError, match="reward=\\.\\.\\.\\) wants it again"):
+        diffalign.resume(tmp_path / "live", pipe=tiny.stable_diffusion())
+    longer = diffalign.resume(tmp_path / "live", steps=5, pipe=tiny.stable_diffusion(), reward=bright)
+    assert len(longer.metrics) == 5
     with pytest.raises(InputError, match="live pipeline object"):
         diffalign.load(tmp_path / "live").pipeline  # noqa: B018
 
