@@ -28,8 +28,8 @@ def align(
     *,
     method: str = "draft",
     reward: Any = None,
-    prompts: str | Sequence[str] | None = None,
-    eval_prompts: str | Sequence[str] | None = None,
+    prompts: str | Path | Sequence[str] | None = None,
+    eval_prompts: str | Path | Sequence[str] | None = None,
     output: str | Path | None = None,
     **given: Any,
 ) -> Run:
@@ -41,6 +41,7 @@ def align(
 
     Raises InputError for anything that cannot work, where possible before a model is loaded.
     """
+    pipe, prompts, eval_prompts = (str(x) if isinstance(x, Path) else x for x in (pipe, prompts, eval_prompts))
     live = None if isinstance(pipe, str) else pipe
     object_reward = None if reward is None or isinstance(reward, str) else reward
     method_class, _ = registry.find("methods", method)
@@ -61,9 +62,7 @@ def load(path: str | Path, pipe: Any = None) -> Run:
 
     `pipe` is the base pipeline of a run that was made from a live object; its LoRA is loaded into it.
     """
-    if pipe is not None:
-        pipe.load_lora_weights(str(Run.open(path)._weights("lora")), adapter_name="default")
-    return Run.open(path, pipe)
+    return Run.open(path, None if pipe is None else Run.open(path).load_into(pipe))
 
 
 def evaluate_run(
@@ -84,6 +83,10 @@ def evaluate_run(
     if limit < 1:
         raise InputError(f"--limit is {limit}: give 1 or more.")
     target = Path(output).expanduser() if output else run.path / "eval.json"
+    if target.suffix != ".json" or not target.parent.is_dir():
+        raise InputError(f"--output {target}: give a .json file in a folder that exists.")
+    if seed is not None and seed < 0:
+        raise InputError(f"--seed is {seed}: give a whole number from 0.")
     seed = plan.settings.seed + 1 if seed is None else seed
     evaluate_into(plan, run.policy, checked, texts[:limit], seed, target, target.with_suffix(".png"))
     say(f"Written: {target} and {target.with_suffix('.png')}")

@@ -49,6 +49,10 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def _step(folder: Path) -> int:
+    return int(folder.name.partition("-")[2])
+
+
 def write(folder: Path, step: int, tree: Any, keep: int) -> Path:
     """Write `folder/step-000100`, atomically, then delete all but the newest `keep`.
 
@@ -75,7 +79,7 @@ def write(folder: Path, step: int, tree: Any, keep: int) -> Path:
         ) from error
     shutil.rmtree(final, ignore_errors=True)  # an incomplete one of the same step, met by a resumed run
     draft.rename(final)
-    for old in sorted(folder.glob("step-*"))[: -max(keep, 1)]:
+    for old in sorted(folder.glob("step-*"), key=_step)[: -max(keep, 1)]:
         shutil.rmtree(old)
     return final
 
@@ -95,7 +99,7 @@ def read(folder: Path) -> Any:
 def newest(folder: Path) -> tuple[Any, list[Path]]:
     """The tree of the newest whole checkpoint, and the damaged ones that were passed over; raises InputError where none is whole."""
     damaged: list[Path] = []
-    for candidate in sorted(folder.glob("step-*"), reverse=True):
+    for candidate in sorted(folder.glob("step-*"), key=_step, reverse=True):
         try:
             return read(candidate), damaged
         except InputError:

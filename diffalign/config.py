@@ -9,7 +9,7 @@ import typing
 from argparse import SUPPRESS
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,9 @@ def parameters(thing: Any) -> dict[str, tuple[Any, Any, str]]:
     hints = typing.get_type_hints(thing if is_dataclass(thing) else thing.__init__)
     about = {p.arg_name: " ".join((p.description or "").split()) for p in docstring_parser.parse_from_object(thing).params}
     settled = {f.name for f in fields(thing) if not f.init} if is_dataclass(thing) else set()
+    made = {f.name: f.default_factory for f in fields(thing) if f.default_factory is not MISSING} if is_dataclass(thing) else {}
     named = {n: p for n, p in inspect.signature(thing).parameters.items() if n not in settled and p.kind is not p.VAR_KEYWORD}
-    return {n: (hints.get(n, Any), p.default, about.get(n, "")) for n, p in named.items()}
+    return {n: (hints.get(n, Any), made[n]() if n in made else p.default, about.get(n, "")) for n, p in named.items()}
 
 
 @dataclass(frozen=True)

@@ -73,10 +73,11 @@ class CheckedReward:
     def __call__(self, media: Tensor, prompts: Prompts) -> Tensor:
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             try:
-                scores: Any = self.reward(media if self.differentiable else media.detach(), prompts)
+                # a copy: a reward that writes in place must not change what the next one sees
+                scores: Any = self.reward((media if self.differentiable else media.detach()).clone(), prompts)
             except InputError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise InputError(f"The reward {self.name} failed with {type(error).__name__}: {error}") from error
         expected = (len(prompts),)
         if not isinstance(scores, Tensor):

@@ -31,6 +31,8 @@ class LoRA:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise InputError(f"lora.rank is {self.rank}: give 1 or more.")
+        if self.alpha is not None and not 0 < self.alpha < float("inf"):
+            raise InputError(f"lora.alpha is {self.alpha}: give a number above 0.")
 
 
 def attach(pipe: Any, component: str, lora: LoRA, target_modules: list[str], seed: int) -> None:
@@ -55,7 +57,7 @@ def attach(pipe: Any, component: str, lora: LoRA, target_modules: list[str], see
                 layers = sorted({n.rsplit(".", 1)[-1] for n, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)})
                 raise InputError(f"lora.target_modules: {names} fit no layer. Names that would: {', '.join(layers)}.") from error
         else:
-            _load(pipe, lora.init)
+            _load(pipe, component, lora.init)
     if not any("lora_" in name for name, _ in module.named_parameters()):
         raise InputError(f"lora.init: {lora.init} holds no weights for the {component}.")
     for name, parameter in module.named_parameters():
@@ -64,7 +66,7 @@ def attach(pipe: Any, component: str, lora: LoRA, target_modules: list[str], see
             parameter.data = parameter.data.float()
 
 
-def _load(pipe: Any, source: str) -> None:
+def _load(pipe: Any, component: str, source: str) -> None:
     path = Path(source).expanduser()
     if not path.exists():
         raise InputError(f"lora.init: {path} does not exist. Give a folder with {WEIGHTS}, or a .safetensors file.")
@@ -73,6 +75,12 @@ def _load(pipe: Any, source: str) -> None:
         pipe.load_lora_weights(str(folder), weight_name=name, adapter_name="default", local_files_only=True)
     except Exception as error:
         raise InputError(f"lora.init: {folder / name} is no LoRA that fits this pipeline ({error}).") from error
+    others = sorted(set(pipe.get_list_adapters()) - {component})
+    if others:
+        pipe.unload_lora_weights()
+        raise InputError(
+            f"lora.init: {folder / name} also adapts the {', '.join(others)}, which is not trained. Give one of the {component} alone."
+        )
 
 
 def save(pipe: Any, component: str, folder: Path) -> None:

@@ -116,8 +116,13 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
         precision=settings.precision,
         device=device,
     )
-    if train and settings.full:
+    return prepare_to_train(policy, settings) if train else policy
+
+
+def prepare_to_train(policy: Any, settings: Settings) -> Any:
+    """The policy with its LoRA attached, or its weights set free."""
+    if settings.full:
         policy.unfreeze()
-    elif train:
+    else:
         policy.adapt(settings.lora, settings.seed)
     return policy

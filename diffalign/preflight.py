@@ -38,7 +38,7 @@ def preflight(plan: Plan, policy: Any, prompts: list[str]) -> Iterator[Finding]:
     """Yield the findings, cheap ones first. The policy's weights are the same afterwards."""
     batch = Prompts(tuple((prompts * plan.settings.batch_size)[: plan.settings.batch_size]))
     yield _batch_plan(plan, len(prompts))
-    yield _deterministic_steps(plan, policy)
+    yield _deterministic_steps(_steps(plan), policy)
     yield _ratio(policy, batch)
     if plan.reward is not None:
         yield _variance(plan, policy, batch)
@@ -68,11 +68,14 @@ def _batch_plan(plan: Plan, prompts: int) -> Finding:
     return Finding("batch plan", None, text)
 
 
-def _deterministic_steps(plan: Plan, policy: Any) -> Finding:
-    still = int((policy.path.schedule(plan.sample_steps).then.sigma == 0).sum())
-    text = f"{still} of {plan.sample_steps} steps end at sigma 0" + (
-        ": no action there under DDIM, and no log-probability" if still else ""
-    )
+def _steps(plan: Plan) -> int:
+    """Denoising steps of the method's own rollouts."""
+    return vars(plan.method).get("inference_steps", plan.sample_steps)
+
+
+def _deterministic_steps(steps: int, policy: Any) -> Finding:
+    still = int((policy.path.schedule(steps).then.sigma == 0).sum())
+    text = f"{still} of {steps} steps end at sigma 0" + (": no action there under DDIM, and no log-probability" if still else "")
     return Finding("sigma = 0", None, text)
 
 
@@ -86,7 +89,7 @@ def _ratio(policy: Any, batch: Prompts, steps: int = 4) -> Finding:
         now, then = trajectory.schedule.now[i], trajectory.schedule.then[i]
         action = transition(policy, trajectory.states[i], now, then, trajectory.condition, kernel)
         ratio = (action.log_prob(trajectory.states[i + 1]) - trajectory.log_probs[i]).exp()
-        worst = max(worst, float((ratio - 1).abs().max().detach()))
+        worst = max(float((ratio - 1).abs().max().detach().nan_to_num(float("inf"))), worst)
     text = f"replaying {steps} steps gives the ratio 1" + ("" if worst == 0 else f" only within {worst:.1e}")
     return Finding("ratio", worst == 0, text)
 
@@ -116,7 +119,7 @@ def _finite_differences(plan: Plan, policy: Any, batch: Prompts) -> Finding:
     if policy.dtype != torch.float32:
         return Finding("finite differences", None, "left out: they need fp32")
     k = vars(plan.method).get("k", 1)
-    steps = plan.sample_steps
+    steps = _steps(plan)
     condition = policy.encode(batch)
     with torch.no_grad():
         prefix = rollout(policy, condition, steps=steps, kernel=ddim(0.0), rng=Generator().manual_seed(0))
@@ -134,15 +137,16 @@ def _finite_differences(plan: Plan, policy: Any, batch: Prompts) -> Finding:
     if norm == 0:
         return Finding("finite differences", False, "the reward's gradient with respect to the trained weights is zero")
     errors: list[float] = []
+    before = [p.detach().clone() for p in parameters]
     with torch.no_grad():
         for h in (0.3, 0.1, 0.03, 0.01):
             values: list[float] = []
             for sign in (1.0, -1.0):
-                for p, d in zip(parameters, direction, strict=True):
-                    p.add_(d, alpha=sign * h / norm)
+                for p, start, d in zip(parameters, before, direction, strict=True):
+                    p.copy_(start + d * (sign * h / norm))
                 values.append(float(objective()))
-                for p, d in zip(parameters, direction, strict=True):
-                    p.sub_(d, alpha=sign * h / norm)
             errors.append(abs((values[0] - values[1]) / (2 * h) / norm - 1))
+        for p, start in zip(parameters, before, strict=True):
+            p.copy_(start)
     best = min(errors)
     return Finding("finite differences", best < 0.05, f"the reward's gradient at the trained weights agrees within {best:.1%}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -82,7 +83,11 @@ def find(kind: Kind, name: str) -> tuple[Any, dict[str, Any]]:
     Raises InputError for an unknown name (with the nearest), a missing extra (with the pip command), or a file that does not load.
     """
     if ".py:" in name:
-        return _from_file(name), {}
+        found = _from_file(name)
+        lacking = [part for part in ("needs", "defaults", "losses") if kind == "methods" and part not in dir(found)]
+        if lacking:
+            raise InputError(f"{name} is no method: it lacks {', '.join(lacking)}. See docs/design.md, and diffalign/methods/draft.py.")
+        return found, {}
     rows = table(kind)
     if name not in rows:
         raise InputError(f"There is no {kind[:-1]} '{name}'. {nearest(name, rows)}")
@@ -93,6 +98,7 @@ def find(kind: Kind, name: str) -> tuple[Any, dict[str, Any]]:
     return getattr(importlib.import_module(module), attribute), dict(entry.preset)
 
 
+@functools.cache
 def _from_file(name: str) -> Any:
     file, _, attribute = name.rpartition(":")
     path = Path(file).expanduser()
@@ -105,7 +111,7 @@ def _from_file(name: str) -> Any:
     sys.modules[spec.name] = module  # dataclasses look their module up by name
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{path} does not load: {type(error).__name__}: {error}") from error
     if attribute not in vars(module):
         names = [n for n, v in vars(module).items() if not n.startswith("_") and callable(v)]

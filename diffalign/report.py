@@ -16,7 +16,8 @@ def curve(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Image.Image:
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     for axes, column in zip(figure.subplots(1, 2, sharey=True), ("reward_queries", "seconds"), strict=True):
         for name, rows in runs.items():
-            axes.plot([row[column] for row in rows], [row["reward"] for row in rows], label=name)
+            known = [row for row in rows if "reward" in row]  # a method of one's own may log other things
+            axes.plot([row[column] for row in known], [row["reward"] for row in known], label=name)
         axes.set(xlabel=column.replace("_", " "), ylabel="reward, training prompts")
         axes.grid(alpha=0.3)
         axes.legend()

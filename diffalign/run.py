@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -40,6 +42,7 @@ class Run:
 
     path: Path
     live: Any = None  # the pipeline object that was trained, where one was given
+    trained: Any = None  # its policy, which knows the base model
 
     @staticmethod
     def refuse_existing(path: Path) -> None:
@@ -87,7 +90,10 @@ class Run:
     def metrics(self) -> list[dict[str, float]]:
         """The rows of metrics.jsonl, one an optimiser step."""
         file = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        try:
+            return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        except ValueError as error:
+            raise InputError(f"{file} is damaged: a line of it is no JSON. Mend or delete that line.") from error
 
     @property
     def evaluation(self) -> dict[str, Any]:
@@ -95,26 +101,46 @@ class Run:
         file = self.path / "eval.json"
         if not file.is_file():
             raise InputError(f"{self.path} has not been evaluated: diffalign eval {self.path}")
-        return json.loads(file.read_text())
+        try:
+            return json.loads(file.read_text())
+        except ValueError as error:
+            raise InputError(f"{file} is damaged. Write it again: diffalign eval {self.path}") from error
 
     @cached_property
     def pipeline(self) -> Any:
         """The diffusers pipeline with what was trained, ready to call: `run.pipeline("a red circle").images[0]`."""
         if self.live is not None:
             return self.live
-        pipe = load_pipeline(self._source(), self.config["revision"])
-        if self.config["full"]:
-            pipe.unet = type(pipe.unet).from_pretrained(self._weights("model"), use_safetensors=True)
-        else:
-            pipe.load_lora_weights(str(self._weights("lora")), adapter_name="default")
+        return self.load_into(load_pipeline(self._source(), self.plan.settings.revision))
+
+    def load_into(self, pipe: Any) -> Any:
+        """Put what was trained into its base pipeline; raises InputError where the files are missing or damaged."""
+        full = self.plan.settings.full
+        weights = self._weights("model" if full else "lora")
+        try:
+            if full:
+                pipe.unet = type(pipe.unet).from_pretrained(weights, use_safetensors=True)
+            else:
+                pipe.load_lora_weights(str(weights), adapter_name="default")
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{weights} is damaged ({reason}). Write it again: diffalign train --resume {self.path}") from error
         return pipe
 
     @cached_property
     def policy(self) -> Any:
         """The trained policy, frozen; `policy.reference()` switches to the base model."""
-        policy = make_policy(self.plan.settings, self.pipeline, train=False)
-        if self.live is None and self.config["full"]:
-            policy.frozen = load_pipeline(self._source(), self.config["revision"]).unet.to(policy.module.device)
+        if self.trained is not None:
+            return self.trained
+        settings = self.plan.settings
+        if self.live is None:  # a pipeline of its own: the policy's precision is not the plain pipeline's
+            policy = make_policy(settings, self.load_into(load_pipeline(self._source(), settings.revision)), train=False)
+        else:
+            policy = make_policy(settings, self.live, train=False)
+        if settings.full:
+            if self.live is not None:
+                raise InputError(f"{self.path} trained all weights of a live object: its base model is not known here. Use run.pipeline.")
+            policy.frozen = load_pipeline(self._source(), settings.revision).unet.to(policy.module.device)
         return policy
 
     def sample(
@@ -130,8 +156,11 @@ class Run:
         settings, policy = self.plan.settings, self.policy
         if lora_scale != 1.0 and settings.full:
             raise InputError("lora_scale: this run trained all weights, and has no LoRA to scale.")
-        chosen = dict(steps=steps or self.plan.sample_steps, seed=seed, batch_size=settings.batch_size)
-        with _scaled(self.pipeline, lora_scale):
+        steps = self.plan.sample_steps if steps is None else steps
+        if steps < 1 or not math.isfinite(lora_scale) or not 0 <= seed < 2**63:
+            raise InputError(f"steps {steps}, lora_scale {lora_scale}, seed {seed}: give 1 or more steps, a finite scale, a seed from 0.")
+        chosen = dict(steps=steps, seed=seed, batch_size=settings.batch_size)
+        with _scaled(policy.pipe, lora_scale):
             after = sample(policy, prompts, **chosen)
         with policy.reference():
             before = sample(policy, prompts, **chosen)
@@ -140,9 +169,9 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{folder} cannot be written ({error.strerror}): choose another --output.") from error
-        stem = f"{re.sub(r'[^a-z0-9]+', '-', prompts[0].lower())[:60].strip('-')}-seed{seed}" + (
-            f"-scale{lora_scale:g}" if lora_scale != 1 else ""
-        )
+        words = re.sub(r"[^a-z0-9]+", "-", prompts[0].lower())[:60].strip("-") or "picture"
+        apart = hashlib.sha256(repr((list(prompts), steps, lora_scale)).encode()).hexdigest()[:6]
+        stem = f"{words}-seed{seed}-{apart}"
         paths = [folder / f"{stem}.png", *(folder / f"{stem}-{i}.png" for i in range(len(prompts)))]
         grid([("before", before), ("after", after)], prompts).save(paths[0])
         for path, image in zip(paths[1:], after, strict=True):
@@ -150,7 +179,7 @@ class Run:
         return paths
 
     def _source(self) -> str:
-        source = self.config["pipeline"]
+        source = self.plan.settings.pipeline
         if source == LIVE:
             raise InputError(f"{self.path} was made from a live pipeline object: diffalign.load(folder, pipe=...) wants it again.")
         return source
@@ -164,8 +193,22 @@ class Run:
         """Write lora/ (or, after full fine-tuning, model/) as plain diffusers loads it."""
         policy.save(self.path / ("lora" if policy.frozen is None else "model"))
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the folder while the block runs; raises InputError where another training holds it."""
+        import fcntl  # not on Windows
+
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"Another training is at work in {self.path}: wait for it, or choose another folder.") from error
+            yield
+
     def write_config(self, config: Mapping[str, Any]) -> None:
-        (self.path / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
+        draft = self.path / "config.draft"
+        draft.write_text(yaml.safe_dump(dict(config), sort_keys=False))
+        os.replace(draft, self.path / "config.yaml")
 
     def write_prompts(self, part: str, texts: Sequence[str]) -> None:
         """Write prompts/train.jsonl or prompts/heldout.jsonl."""
@@ -195,9 +238,6 @@ class Run:
 
     def newest_checkpoint(self) -> tuple[Any, list[Path]]:
         return checkpoint.newest(self.path / "checkpoints")
-
-    def write_json(self, name: str, value: Any) -> None:
-        (self.path / name).write_text(json.dumps(value, indent=2) + "\n")
 
     def save_picture(self, name: str, picture: Any) -> Path:
         """Write a PIL picture under the run's folder."""

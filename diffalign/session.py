@@ -6,7 +6,7 @@ import datetime
 import json
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from diffalign.errors import InputError
 from diffalign.evaluate import evaluate, sample
 from diffalign.loop import Training, make_accelerator, one_for_all, prepare, train
 from diffalign.media import grid
-from diffalign.models import adapter_of, make_policy
+from diffalign.models import adapter_of, make_policy, prepare_to_train
 from diffalign.report import curve
 from diffalign.run import Run
 from diffalign.settings import Settings
@@ -57,10 +57,11 @@ def start(
         Run.refuse_existing(path)
     train_prompts, held_out = prompt_lists(settings, prompts, eval_prompts)
     rewards = eval_rewards(plan)
-    policy = make_policy(settings, live)
+    policy = make_policy(settings, live, train=False)
     check_reward(plan, policy, train_prompts)
     for steps in {plan.sample_steps, vars(plan.method).get("inference_steps", plan.sample_steps)}:
         policy.path.schedule(steps)
+    prepare_to_train(policy, settings)
     if accelerator.is_main_process:
         run = Run.create(path, plan.config(), live)
         run.write_prompts("train", train_prompts)
@@ -81,9 +82,11 @@ def resume(path: str | Path, steps: int | None = None, pipe: Any = None, reward:
     check_needs(plan)
     if steps is not None:
         plan = replace(plan, settings=replace(plan.settings, steps=steps))
-    run.newest_checkpoint()  # before the model is loaded
+    state, _ = run.newest_checkpoint()  # before the model is loaded
     accelerator = make_accelerator(plan.settings)
     policy = make_policy(plan.settings, pipe)
+    if steps is not None and steps < state["step"]:
+        raise InputError(f"{run.path} is at step {state['step']} already: give --steps {state['step']} or more.")
     if steps is not None and accelerator.is_main_process:
         run.write_config({**run.config, "steps": steps})
     return drive(plan, run, policy, eval_rewards(plan), accelerator, resume=True)
@@ -109,7 +112,8 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
         accelerator.init_trackers("diffalign", config={"run": str(run.path)})
     shown = (held_out * PICTURES)[:PICTURES]
     try:
-        _steps(plan, run, policy, training, shown)
+        with run.alone() if main else nullcontext():
+            _steps(plan, run, policy, training, shown)
     except InputError as error:
         if training.context.step == 0 or not main:
             raise
@@ -117,16 +121,21 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
             run.save_weights(policy)
             raise InputError(f"{error}\nThe weights of step {training.context.step} are kept in {run.path}.") from error
         raise
+    if training.average is not None:  # what is saved is what the pipeline now holds; the last checkpoint has the raw weights
+        training.average.copy_to(training.parameters.values())
     if main:
-        with training.averaged():
-            run.save_weights(policy)
-            if settings.eval_size:
-                chosen, picture = held_out[: settings.eval_size], run.path / "samples" / "before-after.png"
+        run.save_weights(policy)
+        if settings.eval_size:
+            chosen, picture = held_out[: settings.eval_size], run.path / "samples" / "before-after.png"
+            try:
                 evaluate_into(plan, policy, rewards, chosen, settings.seed + 1, run.path / "eval.json", picture)
+            except KeyboardInterrupt:
+                say(f"The weights are saved. Evaluate them: diffalign eval {run.path}")
+                raise
         run.save_picture("curve.png", curve({run.path.name: run.metrics}))
         say(f'Run: {run.path}   Again: diffalign sample {run.path} --prompt "{shown[0]}"')
     accelerator.end_training()
-    return run
+    return Run(run.path, run.live, policy if run.live is not None else None)
 
 
 def _steps(plan: Plan, run: Run, policy: Any, training: Training, shown: list[str]) -> None:
@@ -217,7 +226,7 @@ def check_reward(plan: Plan, policy: Any, prompts: list[str]) -> None:
 
 def _fresh_name(plan: Plan) -> Path:
     model = plan.settings.pipeline.rstrip("/").rsplit("/", 1)[-1].replace(" ", "-")
-    base = f"{plan.method_name}-{model}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    base = f"{short_name(plan.method_name)}-{model}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     names = (Path("runs") / (base + suffix) for suffix in ("", *(f"-{i}" for i in range(2, 100))))
     return next(path for path in names if not path.exists())
 

@@ -90,5 +90,13 @@ class Settings:
             raise InputError(f"ema is {self.ema}: give a decay between 0 and 1, such as 0.99.")
         if not 0 <= self.guidance_scale < float("inf"):
             raise InputError(f"guidance_scale is {self.guidance_scale}: give 1 (none) or more.")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed is {self.seed}: give a whole number from 0.")
+        if not 0 <= self.seed < 2**31:
+            raise InputError(f"seed is {self.seed}: give a whole number from 0 to 2147483647.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas is {list(self.betas)}: give two numbers from 0 to below 1.")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise InputError(f"weight_decay is {self.weight_decay}: give 0 or more.")
+        if self.batch_size > 65_536:
+            raise InputError(f"batch_size is {self.batch_size}: give at most 65536, and raise accumulate.")
+        if self.full and self.lora.init:
+            raise InputError("full and lora.init: a run trains all the weights, or a LoRA that it continues. Drop one.")

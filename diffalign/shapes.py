@@ -117,9 +117,7 @@ def sample(scenes: Sequence[Scene], n: int, rng: Generator, unsized: float = 0.1
     return [replace(s, size=None) if o else s for s, o in zip(picked, open_.tolist(), strict=True)]
 
 
-def one_wrong(
-    scene: Scene, attribute: str, held_out: set[Scene], rng: Generator, among: Sequence[int | str] | None = None
-) -> Scene | None:
+def one_wrong(scene: Scene, attribute: str, held_out: set[Scene], rng: Generator, among: Sequence[int | str] | None = None) -> Scene | None:
     """The scene with one attribute redrawn among its other values, or those `among`; None if its size is open or none is left.
 
     Not even as a wrong caption may a held-out combination appear: the scorer would learn that it is always wrong.

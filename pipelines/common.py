@@ -61,6 +61,9 @@ def freeze(module: Any, device: str | torch.device, dtype: torch.dtype) -> None:
     module.to(device)
     if module.dtype != dtype:
         module.to(dtype)
+        for name, parameter in module.named_parameters():
+            if "lora_" in name:  # a LoRA that was loaded stays fp32, as it was trained
+                parameter.data = parameter.data.float()
     module.requires_grad_(False).eval()
 
 

@@ -73,9 +73,8 @@ def main() -> int:
         next(rows)
     raw, whole = zip(*((timed(unavoidable), timed(lambda: next(rows))) for _ in range(chosen.repeats)), strict=True)
     ratio = statistics.median(whole) / statistics.median(raw)
-    print(
-        "| batch | denoising steps | threads | network calls, ms | DRaFT-1 step, ms | ratio | bar |\n| --- | --- | --- | --- | --- | --- | --- |"
-    )
+    print("| batch | denoising steps | threads | network calls, ms | DRaFT-1 step, ms | ratio | bar |")
+    print("| --- " * 7 + "|")
     print(
         f"| {chosen.batch_size} | {chosen.inference_steps} | {torch.get_num_threads()} | {1e3 * statistics.median(raw):.0f} "
         f"| {1e3 * statistics.median(whole):.0f} | {ratio:.2f} | 1.10 |"
