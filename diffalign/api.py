@@ -41,7 +41,7 @@ def align(
 
     Raises InputError for anything that cannot work, where possible before a model is loaded.
     """
-    pipe, prompts, eval_prompts = (str(x) if isinstance(x, Path) else x for x in (pipe, prompts, eval_prompts))
+    pipe = str(pipe) if isinstance(pipe, Path) else pipe
     live = None if isinstance(pipe, str) else pipe
     object_reward = None if reward is None or isinstance(reward, str) else reward
     method_class, _ = registry.find("methods", method)
@@ -51,10 +51,11 @@ def align(
     nested["pipeline"] = LIVE if live is not None else pipe
     if isinstance(reward, str):
         nested["reward"] = {"name": reward}
-    lists = {"prompts": prompts, "eval_prompts": eval_prompts}
-    nested |= {name: value for name, value in lists.items() if isinstance(value, str)}
+    sources = {"prompts": prompts, "eval_prompts": eval_prompts}
+    nested |= {name: str(value) for name, value in sources.items() if isinstance(value, str | Path)}
     plan = resolve(nested, object_reward)
-    return start(plan, output, live, *(None if v is None or isinstance(v, str) else check_prompts(list(v)) for v in lists.values()))
+    lists = [None if value is None or isinstance(value, str | Path) else check_prompts(list(value)) for value in sources.values()]
+    return start(plan, output, live, *lists)
 
 
 def load(path: str | Path, pipe: Any = None) -> Run:
