@@ -135,6 +135,8 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
         run.save_picture("curve.png", curve({run.path.name: run.metrics}))
         say(f'Run: {run.path}   Again: diffalign sample {run.path} --prompt "{shown[0]}"')
     accelerator.end_training()
+    if run.live is not None:
+        policy.release()
     return Run(run.path, run.live, policy if run.live is not None else None)
 
 

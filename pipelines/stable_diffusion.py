@@ -83,6 +83,12 @@ class StableDiffusion:
         self.frozen = frozen_copy(self.pipe.unet)
         self.pipe.unet.float().requires_grad_(True)
 
+    def release(self) -> None:
+        """Leave the pipeline in one dtype, fp32: with a half-precision UNet beside the fp32 VAE it could not be called."""
+        for module in (self.pipe.unet, self.pipe.text_encoder):
+            if module.dtype != torch.float32:
+                module.float()
+
     def save(self, folder: Path) -> None:
         """Write what plain diffusers loads: a LoRA, or after full fine-tuning the UNet's folder."""
         if self.frozen is None:

@@ -53,6 +53,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"method.kk": 3}, "no setting 'method.kk'. Did you mean 'method.k'?"),
     ({"learning_rate": -1}, "learning_rate is -1"),
     ({"lora.rank": 0}, "lora.rank is 0"),
+    ({"lora.alpha": 0}, "lora.alpha is 0"),
+    ({"full": "true", "lora.init": "FILES/none"}, "full and lora.init"),
+    ({"betas": "[2,3]"}, "betas is [2.0, 3.0]"),
+    ({"weight_decay": -1}, "weight_decay is -1"),
+    ({"seed": 2**40}, "seed is 1099511627776"),
+    ({"batch_size": 10**9}, "batch_size is 1000000000"),
+    ({"method": "FILES/rewards.py:red"}, "is no method: it lacks needs"),
     ({"lora.target_modules": "[nothing]"}, "fit no layer"),
     ({"lora.init": "FILES/none"}, "does not exist"),
     ({"precision": "fp61"}, "precision"),
@@ -89,7 +96,9 @@ def bad(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("flags", "message"), BAD, ids=[f"{k}-{v}".replace("FILES/", "") for flags, _ in BAD for k, v in flags.items()])
+@pytest.mark.parametrize(
+    ("flags", "message"), BAD, ids=["-".join(f"{k}-{v}".replace("FILES/", "") for k, v in flags.items()) for flags, _ in BAD]
+)
 def test_bad_input(flags: dict[str, Any], message: str, bad: Path, run_cli: Any, tmp_path: Path) -> None:
     flags = {k: v.replace("FILES", str(bad)) if isinstance(v, str) else v for k, v in flags.items()}
     outcome = run_cli(*args(bad, **flags))

@@ -69,6 +69,13 @@ def test_gradient_only_where_declared() -> None:
         assert not CheckedReward(diffalign.reward(differentiable=True)(mean), "yes")(media, TWO).requires_grad
 
 
+def test_a_reward_that_writes_in_place_changes_nothing_else() -> None:
+    media = torch.rand(2, 3, 4, 4)
+    before = media.clone()
+    CheckedReward(FunctionReward(lambda x, p: x.mul_(255).mean((1, 2, 3))), "greedy")(media, TWO)
+    assert torch.equal(media, before)
+
+
 def test_what_is_no_reward() -> None:
     for thing in (3, "shapes-clip", JPEGCompressibility):
         with pytest.raises(InputError, match="is no reward"):

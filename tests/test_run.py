@@ -29,6 +29,11 @@ STEPS = 12
 FLAGS = {"steps": STEPS, "batch_size": 2, "checkpoint_every": 3, "learning_rate": 0.01, "eval_size": 4, "ema": 0.9, "seed": 5}
 
 
+@diffalign.reward(differentiable=True)
+def bright_pictures(images: torch.Tensor, prompts: Any) -> torch.Tensor:
+    return images.mean((1, 2, 3))
+
+
 def train_args(files: Path, output: Path, **flags: Any) -> list[str]:
     named = {"pipeline": files / "model", "reward": f"{files / 'rewards.py'}:red", "prompts": files / "prompts.txt", "output": output}
     chosen = {**named, "method.inference_steps": 3, **FLAGS, **flags}
@@ -181,6 +186,46 @@ def test_align_a_live_pipeline(tmp_path: Path) -> None:
     assert len(longer.metrics) == 5
     with pytest.raises(InputError, match="live pipeline object"):
         diffalign.load(tmp_path / "live").pipeline  # noqa: B018
+
+
+@pytest.mark.parametrize("flags", [{"full": True}, {"ema": 0.9}, {"precision": "bf16"}], ids=["full", "ema", "bf16"])
+def test_a_live_pipeline_holds_what_was_saved_and_knows_its_base(flags: dict[str, Any], tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    pipe, base, other = tiny.stable_diffusion(), tiny.stable_diffusion(), tiny.stable_diffusion()
+    chosen = {"steps": 3, "inference_steps": 2, "eval_size": 0, "learning_rate": 1e-2, **flags}
+    run = diffalign.align(pipe, reward=bright_pictures, prompts=["a dog"], output=tmp_path / "r", **chosen)
+    if "full" in flags:
+        other.unet = UNet2DConditionModel.from_pretrained(tmp_path / "r" / "model")
+    else:
+        other.load_lora_weights(str(tmp_path / "r" / "lora"))
+    noise = torch.randn(1, 4, 8, 8)
+    mine, saved, before = (p("a dog", latents=noise, num_inference_steps=2, output_type="pt").images for p in (run.pipeline, other, base))
+    assert torch.allclose(mine, saved, atol=2e-2 if "precision" in flags else 1e-6)
+    assert not torch.allclose(mine, before, atol=1e-3)
+    side = Image.open(run.sample(["a dog"], output=tmp_path)[0])
+    height = (side.height - 40) // 2
+    assert side.crop((60, 40, side.width, 40 + height)).tobytes() != side.crop((60, 40 + height, side.width, side.height)).tobytes()
+
+
+def test_a_failed_start_leaves_the_pipeline_as_it_was(tmp_path: Path) -> None:
+    pipe = tiny.stable_diffusion()
+    bad = diffalign.reward(differentiable=True)(lambda images, prompts: images.detach().mean((1, 2, 3)))
+    for reward in (bad, bad):
+        with pytest.raises(InputError, match="none arrives"):
+            diffalign.align(pipe, reward=reward, prompts=["a dog"], output=tmp_path / "r", inference_steps=2)
+    assert not (tmp_path / "r").exists()
+
+
+def test_fewer_steps_than_were_taken_are_refused(finished: Run) -> None:
+    with pytest.raises(InputError, match=f"at step {STEPS} already"):
+        resume(finished.path, steps=1)
+    assert finished.config["steps"] == STEPS
+
+
+def test_two_trainings_do_not_share_a_folder(finished: Run) -> None:
+    with finished.alone(), pytest.raises(InputError, match="Another training"), finished.alone():
+        pass
 
 
 def test_full_fine_tuning(files: Path, tmp_path: Path) -> None:
