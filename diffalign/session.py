@@ -67,7 +67,9 @@ def start(
         run.write_prompts("train", train_prompts)
         run.write_prompts("heldout", held_out)
     accelerator.wait_for_everyone()
-    return drive(plan, Run.open(path, live), policy, rewards, accelerator, resume=False)
+    run = Run.open(path, live)
+    with run.alone() if accelerator.is_main_process else nullcontext():
+        return drive(plan, run, policy, rewards, accelerator, resume=False)
 
 
 def resume(path: str | Path, steps: int | None = None, pipe: Any = None, reward: Any = None) -> Run:
@@ -87,9 +89,10 @@ def resume(path: str | Path, steps: int | None = None, pipe: Any = None, reward:
     policy = make_policy(plan.settings, pipe)
     if steps is not None and steps < state["step"]:
         raise InputError(f"{run.path} is at step {state['step']} already: give --steps {state['step']} or more.")
-    if steps is not None and accelerator.is_main_process:
-        run.write_config({**run.config, "steps": steps})
-    return drive(plan, run, policy, eval_rewards(plan), accelerator, resume=True)
+    with run.alone() if accelerator.is_main_process else nullcontext():  # before anything in the folder is touched
+        if steps is not None and accelerator.is_main_process:
+            run.write_config({**run.config, "steps": steps})
+        return drive(plan, run, policy, eval_rewards(plan), accelerator, resume=True)
 
 
 def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accelerator: Any, resume: bool) -> Run:
@@ -112,8 +115,7 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
         accelerator.init_trackers("diffalign", config={"run": str(run.path)})
     shown = (held_out * PICTURES)[:PICTURES]
     try:
-        with run.alone() if main else nullcontext():
-            _steps(plan, run, policy, training, shown)
+        _steps(plan, run, policy, training, shown)
     except InputError as error:
         if training.context.step == 0 or not main:
             raise

@@ -224,8 +224,13 @@ def test_fewer_steps_than_were_taken_are_refused(finished: Run) -> None:
 
 
 def test_two_trainings_do_not_share_a_folder(finished: Run) -> None:
-    with finished.alone(), pytest.raises(InputError, match="Another training"), finished.alone():
-        pass
+    def files() -> dict[str, bytes]:
+        return {str(p): p.read_bytes() for p in finished.path.rglob("*") if p.is_file()}
+
+    before = files()
+    with finished.alone(), pytest.raises(InputError, match="Another training"):
+        resume(finished.path, steps=STEPS + 1)
+    assert files() == {**before, str(finished.path / ".lock"): b""}
 
 
 def test_full_fine_tuning(files: Path, tmp_path: Path) -> None:
