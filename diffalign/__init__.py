@@ -14,11 +14,25 @@ if TYPE_CHECKING:
     from diffalign.contract import reward
     from diffalign.errors import InputError
     from diffalign.models import make_policy
+    from diffalign.pairs import make_pairs
     from diffalign.run import Run
     from diffalign.sampling import ddim, flow_sde, rollout, transition
     from diffalign.session import resume
 
-__all__ = ["InputError", "Run", "align", "ddim", "flow_sde", "load", "make_policy", "resume", "reward", "rollout", "transition"]
+__all__ = [
+    "InputError",
+    "Run",
+    "align",
+    "ddim",
+    "flow_sde",
+    "load",
+    "make_pairs",
+    "make_policy",
+    "resume",
+    "reward",
+    "rollout",
+    "transition",
+]
 
 check_links()
 
@@ -29,6 +43,7 @@ _HOMES = {
     "ddim": "sampling",
     "flow_sde": "sampling",
     "load": "api",
+    "make_pairs": "pairs",
     "make_policy": "models",
     "resume": "session",
     "reward": "contract",

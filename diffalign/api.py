@@ -28,15 +28,16 @@ def align(
     *,
     method: str = "draft",
     reward: Any = None,
-    prompts: str | Path | Sequence[str] | None = None,
-    eval_prompts: str | Path | Sequence[str] | None = None,
+    prompts: str | Path | Sequence[str | tuple[str, str | Path]] | None = None,
+    eval_prompts: str | Path | Sequence[str | tuple[str, str | Path]] | None = None,
     output: str | Path | None = None,
     **given: Any,
 ) -> Run:
     """Align a diffusion model with a reward, and return the finished run.
 
     `pipe` is a live diffusers pipeline (trained in place), a Hub id, a folder, or 'shapes'. `reward` is a name, or a callable
-    `(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`. `prompts` is a list, or what `--prompts` takes. Everything else is a setting
+    `(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`. `prompts` is a list, or what `--prompts` takes; of an
+    editing pipeline a list of `(instruction, picture file)`. Everything else is a setting
     (`steps=`, `learning_rate=`, `lora={"rank": 8}`, ...) or a field of the method (`k=`, `inference_steps=`, ...), as in config.yaml.
 
     Raises InputError for anything that cannot work, where possible before a model is loaded.
@@ -93,15 +94,16 @@ def evaluate_run(
     say(f"Written: {target} and {target.with_suffix('.png')}")
 
 
-def score_files(reward: str, files: Sequence[Path], prompt: str | None = None) -> Iterator[tuple[Path, float]]:
-    """`(file, score)` of each picture; the pictures may differ in size."""
+def score_files(reward: str, files: Sequence[Path], prompt: str | None = None, source: Path | None = None) -> Iterator[tuple[Path, float]]:
+    """`(file, score)` of each picture; the pictures may differ in size. `source` is what was edited, for a reward of edits."""
     (checked,) = named_rewards([reward])
     if prompt is None:
         say("No --prompt: scored as if the prompt were empty.")
     pictures = [read_image(file) for file in files]
+    before = None if source is None else read_image(source)[None]
     for file, picture in zip(files, pictures, strict=True):
         with torch.no_grad():
-            yield file, float(checked(picture[None], Prompts((prompt or "",))))
+            yield file, float(checked(picture[None], Prompts((prompt or "",), before)))
 
 
 def check(plan: Plan) -> Iterator[Finding]:

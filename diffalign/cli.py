@@ -21,6 +21,9 @@ COMMANDS = {
     "sample": "pictures of a prompt, before and after",
     "eval": "held-out rewards of a run, before and after",
     "score": "score pictures that exist",
+    "pairs": "preference pairs from a model's samples and a reward, for the offline methods",
+    "edits": "a model's own edits, good and bad, for HIVE",
+    "compare": "finished runs side by side: rewards, KL, diversity, and what they took",
     "check": "preflight: would this training learn?",
     "list": "methods, rewards and pipelines, with what each needs",
     "doctor": "versions, devices, extras",
@@ -83,7 +86,8 @@ def _dispatch(arguments: list[str]) -> int:
     if command not in COMMANDS:
         raise InputError(f"There is no command '{command}'. {nearest(command, COMMANDS)}")
     run: Callable[[list[str]], int] = {
-        "train": _train, "sample": _sample, "eval": _eval, "score": _score, "check": _check, "list": _list, "doctor": _doctor,
+        "train": _train, "sample": _sample, "eval": _eval, "score": _score, "pairs": _pairs, "edits": _edits, "compare": _compare,
+        "check": _check, "list": _list, "doctor": _doctor,
     }[command]  # fmt: skip
     return run(rest)
 
@@ -95,18 +99,34 @@ def _parser(command: str, example: str) -> argparse.ArgumentParser:
     )
 
 
+LISTS = ("--eval_rewards", "--log", "--lora.target_modules", "--betas")
+
+
 def _normal(arguments: list[str]) -> list[str]:
-    """Flags as the parser knows them: `--batch-size` is batch_size, `--method NAME` method.name, a bare `--full` true."""
+    """Flags as the parser knows them: `--batch-size` is batch_size, `--method NAME` method.name, a bare `--full` true.
+
+    The words after a flag that takes several become a list: `--log tensorboard wandb`.
+    """
     normal: list[str] = []
-    for i, argument in enumerate(arguments):
+    waiting = list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
         if not argument.startswith("--"):
             normal.append(argument)
             continue
         flag, equals, value = argument.partition("=")
         flag = "--" + flag[2:].replace("-", "_")
         flag = {"--method": "--method.name", "--reward": "--reward.name"}.get(flag, flag)
-        bare = flag == "--full" and not equals and arguments[i + 1 : i + 2] not in (["true"], ["false"])
-        normal.append("--full=true" if bare else flag + equals + value)
+        if flag in LISTS:
+            words = [value] if equals else []
+            while not equals and waiting and not waiting[0].startswith("--"):
+                words.append(waiting.pop(0))
+            whole = len(words) == 1 and words[0].startswith(("[", "null"))
+            normal.append(f"{flag}={words[0] if whole else '[' + ', '.join(words) + ']'}")
+        elif flag == "--full" and not equals and waiting[:1] not in (["true"], ["false"]):
+            normal.append("--full=true")
+        else:
+            normal.append(flag + equals + value)
     return normal
 
 
@@ -206,6 +226,7 @@ def _sample(arguments: list[str]) -> int:
     parser = _parser("sample", 'diffalign sample runs/NAME --prompt "a red circle on a blue background" --lora-scale 0.6')
     parser.add_argument("run", help="the run folder")
     parser.add_argument("--prompt", action="append", required=True, help="again for several")
+    parser.add_argument("--image", action="append", metavar="FILE", help="the picture to edit, of all prompts, or again for each")
     parser.add_argument("--lora-scale", type=float, default=1.0, help="how much of the LoRA: 0 is the base model, 1 what was trained")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--steps", type=int, help="denoising steps; by default the run's")
@@ -215,8 +236,12 @@ def _sample(arguments: list[str]) -> int:
     from diffalign.data import check_prompts
     from diffalign.run import Run
 
+    images = (chosen.image or []) * (len(chosen.prompt) if len(chosen.image or []) == 1 else 1)
+    if images and len(images) != len(chosen.prompt):
+        raise InputError(f"{len(images)} pictures for {len(chosen.prompt)} prompts: give one --image for all, or one for each --prompt.")
+    prompts = list(zip(chosen.prompt, images, strict=True)) if images else chosen.prompt
     for path in Run.open(chosen.run).sample(
-        check_prompts(chosen.prompt), seed=chosen.seed, steps=chosen.steps, lora_scale=chosen.lora_scale, output=chosen.output
+        check_prompts(prompts), seed=chosen.seed, steps=chosen.steps, lora_scale=chosen.lora_scale, output=chosen.output
     ):
         print(path)
     return 0
@@ -244,12 +269,81 @@ def _score(arguments: list[str]) -> int:
     parser.add_argument("files", nargs="+", metavar="FILE", help="pictures")
     parser.add_argument("--reward", required=True, metavar="NAME")
     parser.add_argument("--prompt", help="the prompt of all the pictures, for a reward that reads one")
+    parser.add_argument("--image", metavar="FILE", help="the picture that was edited, for a reward that judges edits")
     chosen = parser.parse_args(arguments)
     _quiet()
     from diffalign.api import score_files
 
-    for file, value in score_files(chosen.reward, [Path(f) for f in chosen.files], chosen.prompt):
+    source = Path(chosen.image) if chosen.image else None
+    for file, value in score_files(chosen.reward, [Path(f) for f in chosen.files], chosen.prompt, source):
         print(f"{value:.6g}\t{file}")
+    return 0
+
+
+def _pairs(arguments: list[str]) -> int:
+    _quiet()
+    from diffalign import pairs
+    from diffalign.config import parse
+
+    arguments = _normal(arguments)
+    parser = pairs.build_parser(_value(arguments, "--pipeline") or "shapes", _value(arguments, "--reward.name"))
+    if {"-h", "--help"} & set(arguments):
+        text = re.sub(r"--[\w.]+", lambda m: m[0].replace("_", "-"), parser.format_help().replace("--reward.name NAME", "--reward NAME"))
+        print(f"{text}\nexample: diffalign pairs --reward shapes-clip --pairs 1000 --output pairs/shapes")
+        return 0
+    settled = pairs.settle(parse(parser, lambda: parser.parse_args(arguments)))
+    try:
+        print(pairs.make(*settled))
+    except KeyboardInterrupt:
+        return _fail(f"Interrupted. What is made is kept: the same command goes on with {settled[-1]}.", 130, False)
+    return 0
+
+
+def _edits(arguments: list[str]) -> int:
+    parser = _parser("edits", "diffalign edits --pipeline timbrooks/instruct-pix2pix --prompts edits.jsonl --output edits/mine")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the edits, a new one")
+    parser.add_argument("--pipeline", default="shapes-edit", help="shapes-edit (embedded), a Hub id, or a folder in diffusers layout")
+    parser.add_argument("--prompts", help='a .jsonl file of lines {"prompt": ..., "image": ...}; by default the embedded model\'s')
+    parser.add_argument("--samples", type=int, default=1, help="edits of each prompt")
+    parser.add_argument("--sample-steps", type=int, help="denoising steps")
+    parser.add_argument("--guidance-scale", type=float, help="towards the instruction; 1 for none")
+    parser.add_argument("--image-guidance-scale", type=float, help="towards the source")
+    parser.add_argument("--batch-size", type=int, help="edits of one forward")
+    parser.add_argument("--seed", type=int, help="of the noise")
+    chosen = vars(parser.parse_args(arguments))
+    output, samples = Path(chosen.pop("output")).expanduser(), chosen.pop("samples")
+    _quiet()
+    from dataclasses import fields
+
+    from diffalign.config import model_preset
+    from diffalign.edit_data import make_edits
+    from diffalign.settings import Settings
+
+    known = {field.name for field in fields(Settings)} - {"lora"}
+    preset = {name: value for name, value in model_preset(chosen["pipeline"], "edits").items() if name in known}
+    print(make_edits(Settings(**{**preset, **{k: v for k, v in chosen.items() if v is not None}}), output, samples))
+    return 0
+
+
+def _compare(arguments: list[str]) -> int:
+    parser = _parser("compare", "diffalign compare runs/draft-1 runs/ddpo-1")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders")
+    parser.add_argument("--output", default="compare", help="folder of compare.json and compare.png; by default compare")
+    parser.add_argument("--limit", type=int, default=32, help="held-out prompts for KL and diversity, by default 32; 0 leaves them out")
+    chosen = parser.parse_args(arguments)
+    _quiet()
+    from rich.console import Console
+
+    from diffalign.compare import compare_runs, write
+    from diffalign.console import runs_table, say
+
+    compared = compare_runs(chosen.runs, chosen.limit)
+    files = write(compared, Path(chosen.output).expanduser())
+    out = Console(highlight=False)
+    out = out if out.is_terminal else Console(highlight=False, width=200)
+    out.print(runs_table(compared["runs"]))
+    for line in (*compared["notes"], f"Written: {' and '.join(map(str, files))}"):
+        say(line)
     return 0
 
 

@@ -24,6 +24,16 @@ from diffalign.lora import LoRA
 from diffalign.settings import LIVE, Settings
 from diffalign.types import Method
 
+DATA = {
+    "pairs": "preference pairs: --data FOLDER with pairs.jsonl (prompt, chosen, rejected). Make some: diffalign pairs --reward NAME "
+    "--prompts FILE --output FOLDER",
+    "labels": "pictures that are liked or not: --data FOLDER with labels.jsonl (prompt, image, label) or pairs.jsonl. Make some: diffalign "
+    "pairs --reward NAME --prompts FILE --output FOLDER",
+    "edits": "edits: --data FOLDER with edits.jsonl (source, instruction, edited), or --data shapes-edit. Make some: diffalign edits "
+    "--pipeline P --prompts FILE.jsonl --output FOLDER",
+    "pictures": "captioned pictures: --data FOLDER with pictures.jsonl (prompt, image)",
+}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -41,6 +51,11 @@ class Plan:
     def sample_steps(self) -> int:
         """Denoising steps of pictures and evaluation."""
         return self.settings.sample_steps or vars(self.method).get("inference_steps", 50)
+
+    @property
+    def suffix(self) -> str:
+        """What a method that trains on annotated prompts adds to the trained model's prompts when it samples (HIVE, conditional)."""
+        return getattr(self.method, "suffix", "")
 
     def config(self) -> dict[str, Any]:
         """Nested plain values: what config.yaml holds and `--config` reads."""
@@ -213,6 +228,10 @@ def check_needs(plan: Plan) -> None:
     needs = plan.method.needs
     if needs.reward and plan.reward is None:
         raise InputError(f"{plan.method_name} needs a reward: --reward NAME. See: diffalign list rewards.")
+    if needs.data is not None and plan.settings.data is None and not needs.data_is_optional:
+        raise InputError(f"{plan.method_name} trains on {DATA[needs.data]}. See docs/data.md.")
+    if needs.data is None and plan.settings.data is not None:
+        raise InputError(f"{plan.method_name} takes no data: drop --data. Its samples are its own.")
     if needs.differentiable_reward and plan.reward is not None and not plan.reward.differentiable:
         accept = [n for n in registry.METHODS if not registry.find("methods", n)[0].needs.differentiable_reward]
         others = f"Methods that accept it: {', '.join(accept)}." if accept else "No method of this version accepts it."

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -52,3 +54,32 @@ def comparison(evaluation: dict[str, object]) -> Table:
             f"{row['win_rate']:.2f}",
         )  # fmt: skip
     return table
+
+
+def runs_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """Runs side by side: the records of `diffalign.compare`."""
+    table = Table(title="Held out: before -> after, difference [95% interval], same noise", title_justify="left")
+    for column in ("run", "method", "trained on"):
+        table.add_column(column, overflow="fold")
+    table.add_column("held out", no_wrap=True)
+    for column in ("steps", "KL", "diversity", "queries", "network samples", "seconds", "peak MB"):
+        table.add_column(column, justify="right")
+    for record in records:
+        diversity = record.get("diversity")
+        table.add_row(
+            *(escape(record[name]) for name in ("run", "method")),
+            escape(record["data"] or record["reward"] or "-"),
+            "\n".join(_held_out(record["evaluation"])) if record["evaluation"] else "not evaluated",
+            f"{record['steps']:,}",
+            f"{record['kl_to_base']:.3g}" if "kl_to_base" in record else "-",
+            f"{diversity['before']:.3f} -> {diversity['after']:.3f}" if diversity else "-",
+            *(f"{record[name]:,}" if record[name] is not None else "-" for name in ("reward_queries", "network_samples")),
+            *(f"{record[name]:,.0f}" if record[name] is not None else "-" for name in ("seconds", "peak_memory_mb")),
+        )
+    return table
+
+
+def _held_out(evaluation: Mapping[str, Any]) -> Iterator[str]:
+    for name, row in evaluation["rewards"].items():
+        low, high = row["interval"]
+        yield f"{escape(name)} {row['before']:.3f} -> {row['after']:.3f}, {row['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"

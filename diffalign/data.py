@@ -1,54 +1,152 @@
-"""Prompts: where they come from, and the order in which a run sees them."""
+"""Prompts, some of them about a picture: where they come from, and the order in which a run sees them."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePath
+from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Generator
 
 from diffalign.errors import InputError
+from diffalign.media import data_uri, decode_image, fit, from_data_uri
 from diffalign.registry import MODELS
-from diffalign.types import Prompts
+from diffalign.types import EditingPolicy, Policy, Prompts
 
 
-def read_prompts(source: str, part: str = "train") -> list[str]:
-    """Prompts from a file (.txt: one a line; .jsonl: the key 'prompt'), `shapes`, or `hf:user/dataset/path/in/it.txt`.
+@dataclass(frozen=True)
+class PicturePrompt:
+    """What to do with a picture; the picture is a file, or the bytes of one."""
 
-    `part` ('train' or 'heldout') picks the list of an embedded model. Raises InputError for a file that is missing, empty or no text.
+    text: str
+    picture: Path | bytes
+
+    def open(self) -> Image.Image:
+        """The picture in RGB; raises InputError where it is missing or damaged."""
+        if isinstance(self.picture, bytes):
+            return decode_image(self.picture, f"The picture of '{self.text}'")
+        try:
+            data = self.picture.read_bytes()
+        except OSError as error:
+            raise InputError(f"The picture {self.picture} of the prompt '{self.text}' cannot be read ({error.strerror}).") from error
+        return decode_image(data, str(self.picture))
+
+
+Prompt = str | PicturePrompt
+
+
+def text_of(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else prompt.text
+
+
+def batch_of(prompts: Sequence[Prompt], policy: Policy | None = None) -> Prompts:
+    """Prompts as `policy` takes them, their pictures scaled and cut to its size; texts alone where there is no policy yet.
+
+    Raises InputError as `check_pictures` does, and for a picture that is missing or damaged.
+    """
+    pictures = check_pictures(prompts, policy)
+    texts = tuple(map(text_of, prompts))
+    if not isinstance(policy, EditingPolicy):
+        return Prompts(texts)
+    return Prompts(texts, torch.stack([fit(prompt.open(), policy.height, policy.width) for prompt in pictures]))
+
+
+def check_pictures(prompts: Sequence[Prompt], policy: Policy | None) -> list[PicturePrompt]:
+    """Those prompts that have a picture: all where the policy edits pictures, else none; raises InputError where it is otherwise."""
+    pictures = [prompt for prompt in prompts if isinstance(prompt, PicturePrompt)]
+    bare = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if isinstance(policy, EditingPolicy) and bare:
+        raise InputError(
+            f"This pipeline edits pictures, and the prompt '{bare[0]}' has none. Give a .jsonl file of lines such as "
+            '{"prompt": "make it red", "image": "picture.png"}; to diffalign sample, --image FILE.'
+        )
+    if not isinstance(policy, EditingPolicy) and pictures:
+        raise InputError(f"This pipeline takes no picture, and the prompt '{pictures[0].text}' comes with one. Drop the pictures.")
+    return pictures
+
+
+def read_prompts(source: str, part: str = "train") -> list[Prompt]:
+    """Prompts from a file (.txt: one a line; .jsonl: the keys 'prompt' and, for an editing pipeline, 'image'), the name of an embedded
+    model, or `hf:user/dataset/path/in/it.txt`.
+
+    An image is a path in the file's folder, or a data: URI. `part` ('train' or 'heldout') picks the list of an embedded model. Raises
+    InputError for a file that is missing, empty or no text, and for pictures that are missing or damaged.
     """
     if source in MODELS:
-        path = MODELS[source] / "prompts" / f"{part}.txt"
+        folder = MODELS[source] / "prompts"
+        path = next((p for p in (folder / f"{part}.txt", folder / f"{part}.jsonl") if p.is_file()), folder / f"{part}.txt")
     elif source.startswith("hf:"):
         path = _download(source.removeprefix("hf:"))
     else:
         path = Path(source).expanduser()
+    prompts = read_file(path, path.parent)
+    for prompt in prompts:
+        if isinstance(prompt, PicturePrompt):
+            prompt.open()
+    return prompts
+
+
+def read_file(path: Path, root: Path | None) -> list[Prompt]:
+    """Prompts of a file as `read_prompts` has them; their pictures are not opened, and lie in `root`, where one is given."""
     if not path.is_file():
         raise InputError(f"There is no prompt file {path}. Give a text file with one prompt a line, or one of: {', '.join(MODELS)}.")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte-order mark
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is no text file (UTF-8). Give one prompt a line.") from error
     if "\0" in text:
         raise InputError(f"{path} is a binary file. Give one prompt a line.")
     lines = [line.strip() for line in text.splitlines()]
-    prompts = [_of_json(line, path, i) if path.suffix == ".jsonl" else line for i, line in enumerate(lines, 1) if line]
+    prompts = [_of_json(line, path, i, root) if path.suffix == ".jsonl" else line for i, line in enumerate(lines, 1) if line]
     if not prompts:
         raise InputError(f"{path} holds no prompts. Give one prompt a line.")
     return prompts
 
 
-def _of_json(line: str, path: Path, number: int) -> str:
+def write_file(path: Path, prompts: Sequence[Prompt]) -> None:
+    """Write prompts as .jsonl; a picture's bytes as a data: URI, a file by its absolute path."""
+    path.write_text("".join(json.dumps(_to_json(prompt)) + "\n" for prompt in prompts), encoding="utf-8")
+
+
+def _to_json(prompt: Prompt) -> dict[str, str]:
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    if isinstance(prompt.picture, Path):
+        return {"prompt": prompt.text, "image": str(prompt.picture.absolute())}
+    return {"prompt": prompt.text, "image": data_uri(prompt.picture)}
+
+
+def _of_json(line: str, path: Path, number: int, root: Path | None) -> Prompt:
+    where = f"{path}, line {number}"
     try:
-        prompt = json.loads(line)["prompt"]
+        values = json.loads(line)
+        prompt = values["prompt"]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f'{path}, line {number}: expected an object with the key "prompt", such as {{"prompt": "a dog"}}.') from error
+        raise InputError(f'{where}: expected an object with the key "prompt", such as {{"prompt": "a dog"}}.') from error
     if not isinstance(prompt, str) or not prompt.strip():
-        raise InputError(f"{path}, line {number}: the prompt is no text, or empty.")
-    return prompt.strip()
+        raise InputError(f"{where}: the prompt is no text, or empty.")
+    return prompt.strip() if values.get("image") is None else PicturePrompt(prompt.strip(), _picture(values["image"], where, root))
+
+
+def _picture(value: Any, where: str, root: Path | None) -> Path | bytes:
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise InputError(f"{where}: the image is no text: give a path in the file's folder.")
+    if value.startswith("data:"):
+        try:
+            return from_data_uri(value)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+    if root is None:
+        return Path(value)
+    if PurePath(value).is_absolute() or not (root / value).resolve().is_relative_to(root.resolve()):
+        raise InputError(f"{where}: the path {value!r} leads out of {root}. Pictures lie in the file's folder.")
+    if not (root / value).is_file():
+        raise InputError(f"{where}: there is no picture {root / value}.")
+    return root / value
 
 
 def _download(name: str) -> Path:
@@ -63,14 +161,18 @@ def _download(name: str) -> Path:
         raise InputError(f"hf:{name} could not be fetched ({type(error).__name__}). Check the name, the network and your token.") from error
 
 
-def check_prompts(prompts: list[str]) -> list[str]:
-    """The prompts of a Python caller; raises InputError where there are none, or one is empty."""
-    if not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
-        raise InputError("prompts: give a non-empty list of non-empty strings.")
-    return [prompt.strip() for prompt in prompts]
+def check_prompts(prompts: Sequence[Any]) -> list[Prompt]:
+    """The prompts of a Python caller, texts or `(text, picture file)`; raises InputError where there are none, or one is empty."""
+    pairs = [PicturePrompt(p[0], Path(p[1])) if isinstance(p, tuple) and len(p) == 2 else p for p in prompts]
+    if not pairs or any(not isinstance(p, Prompt) or not isinstance(text_of(p), str) or not text_of(p).strip() for p in pairs):
+        raise InputError("prompts: give a non-empty list of non-empty strings, or for an editing pipeline of (string, picture file).")
+    for prompt in pairs:
+        if isinstance(prompt, PicturePrompt):
+            prompt.open()
+    return [prompt.strip() if isinstance(prompt, str) else replace(prompt, text=prompt.text.strip()) for prompt in pairs]
 
 
-def hold_out(prompts: list[str], seed: int, share: float = 0.1, most: int = 256) -> tuple[list[str], list[str]]:
+def hold_out(prompts: list[Prompt], seed: int, share: float = 0.1, most: int = 256) -> tuple[list[Prompt], list[Prompt]]:
     """Split distinct prompts into training and held-out ones. Fewer than ten cannot spare any: both lists are then all of them."""
     distinct = list(dict.fromkeys(prompts))
     if len(distinct) < 10:
@@ -80,31 +182,54 @@ def hold_out(prompts: list[str], seed: int, share: float = 0.1, most: int = 256)
     return [p for p in prompts if p not in held], [p for p in distinct if p in held]
 
 
+class Source(Protocol):
+    """What a stream reads: batches by index."""
+
+    def __len__(self) -> int: ...
+    def take(self, indices: Sequence[int]) -> Any: ...
+
+
+@dataclass(frozen=True)
+class PromptList:
+    """Prompts as a source of `Prompts`, for a policy."""
+
+    prompts: Sequence[Prompt]
+    policy: Policy | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def take(self, indices: Sequence[int]) -> Prompts:
+        return batch_of([self.prompts[i] for i in indices], self.policy)
+
+
 @dataclass
-class PromptStream:
-    """Batches of prompts without end: each epoch in a new order, drawn from the stream's own generator.
+class Stream:
+    """Batches of a source without end: each epoch in a new order, drawn from the stream's own generator.
 
     With several processes every one calls `next` and takes its own part of the same order.
     """
 
-    prompts: list[str]
+    source: Source
     batch_size: int
     rng: Generator
     processes: int = 1
     rank: int = 0
     queue: list[int] = field(default_factory=list[int])
 
-    def next(self) -> Prompts:
+    def next(self) -> Any:
         need = self.batch_size * self.processes
         while len(self.queue) < need:
-            self.queue += torch.randperm(len(self.prompts), generator=self.rng).tolist()
+            self.queue += torch.randperm(len(self.source), generator=self.rng).tolist()
         taken, self.queue = self.queue[:need], self.queue[need:]
-        mine = taken[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-        return Prompts(tuple(self.prompts[i] for i in mine))
+        return self.source.take(taken[self.rank * self.batch_size : (self.rank + 1) * self.batch_size])
 
     def state(self) -> dict[str, Any]:
-        return {"rng": self.rng.get_state(), "queue": torch.tensor(self.queue, dtype=torch.int64)}
+        return {"rng": self.rng.get_state(), "queue": torch.tensor(self.queue, dtype=torch.int64), "size": len(self.source)}
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a state; raises InputError where the source has another length: its indices would mean other things."""
+        if state["size"] != len(self.source):
+            raise InputError(f"The run was made with {state['size']} prompts or examples, and now there are {len(self.source)}.")
         self.rng.set_state(state["rng"])
         self.queue = state["queue"].tolist()

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Generator, Tensor
 
 from diffalign.contract import CheckedReward
-from diffalign.sampling import ddim, rollout
-from diffalign.types import Policy, Prompts
+from diffalign.data import PicturePrompt, Prompt, Source, batch_of, text_of
+from diffalign.media import fit, grid
+from diffalign.objectives.preference import denoising_margin
+from diffalign.sampling import ddim, paired_errors, rollout, transition
+from diffalign.types import Condition, Policy
 
 
 @torch.no_grad()
-def sample(policy: Policy, prompts: Sequence[str], *, steps: int, seed: int, batch_size: int) -> Tensor:
-    """Media of the prompts, deterministic given `seed`: (B, 3, H, W) in [0, 1], on the CPU.
+def sample(policy: Policy, prompts: Sequence[Prompt], *, steps: int, seed: int, batch_size: int, suffix: str = "") -> Tensor:
+    """Media of the prompts, deterministic given `seed`: (B, 3, H, W) in [0, 1], on the CPU. `suffix` is added to every prompt.
 
     All the noise is drawn first, so that it does not depend on the batch size.
     """
-    wanted = Prompts(tuple(prompts))
-    condition = policy.encode(wanted)
+    slices = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
+    batches = [batch_of(prompts[part], policy) for part in slices]
+    condition = Condition.join([policy.encode(replace(b, text=tuple(text + suffix for text in b.text))) for b in batches])
     noise = policy.prior(condition, Generator().manual_seed(seed))
     parts: list[Tensor] = []
-    for i in range(0, len(wanted), batch_size):
-        part = slice(i, i + batch_size)
+    for part in slices:
         final = rollout(policy, condition[part], steps=steps, kernel=ddim(0.0), start=noise[part]).final
         parts.append(policy.decode(final).cpu())
     return torch.cat(parts)
@@ -41,12 +46,10 @@ def bootstrap(differences: NDArray[np.float64], seed: int, resamples: int = 10_0
 
 
 @torch.no_grad()
-def score(reward: CheckedReward, media: Tensor, prompts: Sequence[str], *, batch_size: int, device: torch.device) -> NDArray[np.float64]:
-    """(B,) scores of media that lie on the CPU, computed on `device` in batches."""
-    parts = [
-        reward(media[i : i + batch_size].to(device), Prompts(tuple(prompts[i : i + batch_size])))
-        for i in range(0, len(prompts), batch_size)
-    ]
+def score(reward: CheckedReward, media: Tensor, prompts: Sequence[Prompt], policy: Policy, *, batch_size: int) -> NDArray[np.float64]:
+    """(B,) scores of media that lie on the CPU, computed in batches on the policy's device."""
+    device, slices = next(policy.module.parameters()).device, [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
+    parts = [reward(media[part].to(device), batch_of(prompts[part], policy)) for part in slices]
     return torch.cat(parts).double().cpu().numpy()
 
 
@@ -64,16 +67,82 @@ def compare(before: NDArray[np.float64], after: NDArray[np.float64], seed: int) 
 
 
 def evaluate(
-    policy: Policy, rewards: Sequence[CheckedReward], prompts: Sequence[str], *, steps: int, seed: int, batch_size: int
+    policy: Policy, rewards: Sequence[CheckedReward], prompts: Sequence[Prompt], *, steps: int, seed: int, batch_size: int, suffix: str = ""
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """`(results, media before, media after)` on held-out prompts; results hold one comparison for each reward, by name."""
-    after = sample(policy, prompts, steps=steps, seed=seed, batch_size=batch_size)
+    """`(results, media before, media after)` on held-out prompts; results hold one comparison for each reward, by name.
+
+    `suffix` is added to the trained model's prompts; the rewards do not see it.
+    """
+    after = sample(policy, prompts, steps=steps, seed=seed, batch_size=batch_size, suffix=suffix)
     with policy.reference():
         before = sample(policy, prompts, steps=steps, seed=seed, batch_size=batch_size)
-    device = next(policy.module.parameters()).device
 
     def scores(reward: CheckedReward, media: Tensor) -> NDArray[np.float64]:
-        return score(reward, media, prompts, batch_size=batch_size, device=device)
+        return score(reward, media, prompts, policy, batch_size=batch_size)
 
     table = {reward.name: compare(scores(reward, before), scores(reward, after), seed) for reward in rewards}
     return {"prompts": len(prompts), "denoising_steps": steps, "seed": seed, "rewards": table}, before, after
+
+
+def sheet(rows: Sequence[tuple[str, Tensor]], prompts: Sequence[Prompt]) -> Image.Image:
+    """Rows of pictures under their prompts, as `media.grid` has them; above them the pictures that were edited, where there are some."""
+    height, width = rows[0][1].shape[-2:]
+    sources = [fit(prompt.open(), height, width) for prompt in prompts if isinstance(prompt, PicturePrompt)]
+    before = [("source", torch.stack(sources))] if sources else []
+    return grid([*before, *rows], list(map(text_of, prompts)))
+
+
+@torch.no_grad()
+def implicit_accuracy(policy: Policy, pairs: Source, *, seed: int, batch_size: int, levels: int = 4) -> float:
+    """How often the policy's implicit reward (arXiv 2311.12908, eq. 14) prefers the chosen sample, over pairs and noise levels.
+
+    Both samples of a pair share level and noise; the policy without guidance, as it is trained. A tie counts half.
+    """
+    rng, right = Generator().manual_seed(seed), list[Tensor]()
+    for i in range(0, len(pairs), batch_size):
+        batch = pairs.take(range(i, min(i + batch_size, len(pairs))))
+        for _ in range(levels):
+            margin = denoising_margin(*paired_errors(policy, batch, rng, drop_text=0.0))
+            right.append((margin > 0).double() + 0.5 * (margin == 0))
+    return float(torch.cat(right).mean())
+
+
+@torch.no_grad()
+def kl_to_base(policy: Policy, prompts: Sequence[Prompt], *, steps: int, seed: int, batch_size: int, suffix: str = "") -> float:
+    """How far the policy has moved from its base model, in nats per latent dimension, summed over the steps of a sample.
+
+    The mean over prompts of `sum_t KL(pi_theta(x_s | x_t, c), pi_ref(x_s | x_t, c))` along ancestral (eta = 1) samples of the policy,
+    one a prompt; each term a mean over the latent dimensions. A step of std 0 is no action and left out. `suffix` is added to the
+    policy's prompts, and not to the base model's.
+    """
+    rng, kernel, total = Generator().manual_seed(seed), ddim(1.0), 0.0
+    for i in range(0, len(prompts), batch_size):
+        batch = batch_of(prompts[i : i + batch_size], policy)
+        condition = policy.encode(replace(batch, text=tuple(text + suffix for text in batch.text)))
+        plain = policy.encode(batch) if suffix else condition
+        taken = rollout(policy, condition, steps=steps, kernel=kernel, rng=rng)
+        for step in taken.actions.nonzero()[:, 0].tolist():
+            at = taken.states[step], taken.schedule.now[step], taken.schedule.then[step]
+            action = transition(policy, *at, condition, kernel)
+            with policy.reference():
+                total += float(action.kl(transition(policy, *at, plain, kernel)).sum())
+    return total / len(prompts)
+
+
+@torch.no_grad()
+def diversity(
+    policy: Policy, prompts: Sequence[Prompt], *, samples: int, steps: int, seed: int, batch_size: int, suffix: str = ""
+) -> float:
+    """How much the samples of one prompt differ: the root mean square over pixels of the difference of two, in the media's units.
+
+    The mean over the prompts and over all pairs of `samples` deterministic (eta = 0) samples of each, two at least.
+    """
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
+    media = sample(policy, repeated, steps=steps, seed=seed, batch_size=batch_size, suffix=suffix)
+    return float(pairwise_distance(media.unflatten(0, (len(prompts), samples))).mean())
+
+
+def pairwise_distance(media: Tensor) -> Tensor:
+    """(P,) mean root-mean-square difference of two of the n media of each prompt: (P, n, ...), n at least 2."""
+    flat = media.flatten(2)
+    return torch.stack([torch.pdist(rows).mean() for rows in flat]) / flat.shape[2] ** 0.5

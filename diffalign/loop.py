@@ -7,14 +7,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from diffalign.contract import CheckedReward
-from diffalign.data import PromptStream
+from diffalign.data import Source, Stream
 from diffalign.errors import InputError
 from diffalign.models import device_of
 from diffalign.run import peak_memory_mb
@@ -32,8 +32,26 @@ class Accelerated:
     def count(self) -> int:
         return self.accelerator.num_processes
 
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
     def gather(self, x: Tensor) -> Tensor:
         return self.accelerator.gather(x)
+
+
+@dataclass
+class Costs:
+    """What the optimiser steps have taken so far, of all processes; pictures, checkpoints and the evaluation are not in it.
+
+    Every forward of the network counts, the base model's and those that a checkpointed backward pass repeats too. `network_samples` are
+    the rows that went through it: with guidance two or three for each sample and denoising step.
+    """
+
+    reward_queries: int = 0
+    network_calls: int = 0
+    network_samples: int = 0
+    seconds: float = 0.0
 
 
 @dataclass
@@ -46,9 +64,9 @@ class Training:
     average: Any  # diffusers' EMAModel, or None
     accelerator: Any
     context: Context
-    stream: PromptStream
-    queries: int = 0
-    seconds: float = 0.0
+    stream: Stream
+    examples: Stream | None = None  # of a method that trains on prompts and takes data besides
+    costs: Costs = field(default_factory=Costs)
 
     def anywhere(self, here: bool) -> bool:
         """Whether it is true in any process."""
@@ -64,8 +82,7 @@ class Training:
         scaler = self.accelerator.scaler
         return {
             "step": self.context.step,
-            "queries": self.queries,
-            "seconds": self.seconds,
+            "costs": asdict(self.costs),
             "parameters": self.parameters,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -73,6 +90,7 @@ class Training:
             "scaler": scaler and scaler.state_dict(),
             "rng": gather_object([self.context.rng.get_state()]),
             "stream": self.stream.state(),
+            "examples": self.examples and self.examples.state(),
             "memory": self.context.memory,
         }
 
@@ -96,8 +114,10 @@ class Training:
             raise InputError(f"The run was made by {len(state['rng'])} processes: resume it with as many.")
         self.context.rng.set_state(state["rng"][self.accelerator.process_index])
         self.stream.restore(state["stream"])
+        if self.examples is not None:
+            self.examples.restore(state["examples"])
         self.context.memory.update(state["memory"])
-        self.context.step, self.queries, self.seconds = state["step"], state["queries"], state["seconds"]
+        self.context.step, self.costs = state["step"], Costs(**state["costs"])
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -113,8 +133,8 @@ class Training:
             self.average.restore(self.parameters.values())
 
 
-def prepare(policy: Policy, settings: Settings, prompts: list[str], accelerator: Any) -> Training:
-    """The state of a training at step 0."""
+def prepare(policy: Policy, settings: Settings, source: Source, accelerator: Any, examples: Source | None = None) -> Training:
+    """The state of a training at step 0. `source` gives the batches; `examples` what a method on prompts takes besides."""
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
 
@@ -122,14 +142,21 @@ def prepare(policy: Policy, settings: Settings, prompts: list[str], accelerator:
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
     schedule = get_scheduler(settings.lr_schedule, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=settings.steps)
     rank, count = accelerator.process_index, accelerator.num_processes
+
+    def stream(of: Source, seed: int) -> Stream:
+        return Stream(of, settings.batch_size, Generator().manual_seed(seed), count, rank)
+
+    main, side = stream(source, settings.seed), stream(examples, settings.seed + 1) if examples is not None else None
+    rng = Generator().manual_seed(settings.seed * 1_000 + rank)
     return Training(
         parameters,
         accelerator.prepare_optimizer(optimizer),
         schedule,
         EMAModel(parameters.values(), decay=settings.ema) if settings.ema else None,
         accelerator,
-        Context(Generator().manual_seed(settings.seed * 1_000 + rank), Accelerated(accelerator)),
-        PromptStream(prompts, settings.batch_size, Generator().manual_seed(settings.seed), count, rank),
+        Context(rng, Accelerated(accelerator), main.next, side.next if side else None),
+        main,
+        side,
     )
 
 
@@ -142,14 +169,22 @@ class Row:
     boundary: bool
 
 
-def train(training: Training, policy: Policy, method: Method, reward: CheckedReward, settings: Settings) -> Iterator[Row]:
+def train(training: Training, policy: Policy, method: Method, reward: CheckedReward | None, settings: Settings) -> Iterator[Row]:
     """Take optimiser steps until there are `settings.steps` of them.
 
     Raises InputError where a loss or gradient is not finite, or reaches no weight: before the step, so the weights are still good.
     """
+    rows, networks = _updates(training, policy, method, reward, settings), _networks(policy)
+    while True:
+        with _counted(training, networks, reward):
+            row = next(rows, None)
+        if row is None:
+            return
+        yield replace(row, metrics={**row.metrics, **_costs(training)})
+
+
+def _updates(training: Training, policy: Policy, method: Method, reward: CheckedReward | None, settings: Settings) -> Iterator[Row]:
     context, sums, marks = training.context, defaultdict[str, list[float]](list), 0
-    queries = reward.queries
-    clock = time.perf_counter()
     while context.step < settings.steps:
         losses = method.losses(policy, reward, training.stream.next(), context)
         loss = next(losses, None)
@@ -159,19 +194,39 @@ def train(training: Training, policy: Policy, method: Method, reward: CheckedRew
             stepped = loss.update and marks % settings.accumulate == 0
             row: dict[str, float] = {}
             if stepped:
-                grad_norm = _step(training, settings)
-                now = time.perf_counter()
-                training.seconds += now - clock
-                training.queries += (reward.queries - queries) * context.processes.count
-                clock, queries = now, reward.queries
-                row = _row(training, sums, grad_norm)
+                row = _row(training, sums, _step(training, settings))
                 sums.clear()
             # Asked for only now: what comes next may depend on the step just taken, and whether anything comes says if this is a boundary.
             loss = None if context.step == settings.steps else next(losses, None)
             if stepped:
-                training.seconds += time.perf_counter() - clock
                 yield Row(context.step, row, boundary=loss is None)
-                clock = time.perf_counter()
+
+
+def _networks(policy: Policy) -> set[nn.Module]:
+    """The network that trains, and the base model's, where it is another."""
+    trained = policy.module
+    with policy.reference():
+        return {trained, policy.module}
+
+
+@contextmanager
+def _counted(training: Training, networks: set[nn.Module], reward: CheckedReward | None) -> Iterator[None]:
+    """Add to the training's costs what the block takes."""
+    costs, processes = training.costs, training.context.processes.count
+    queries, clock = reward.queries if reward else 0, time.perf_counter()
+
+    def count(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        costs.network_calls += processes
+        costs.network_samples += processes * len(next(x for x in (*given, *named.values()) if isinstance(x, Tensor)))
+
+    hooks = [network.register_forward_pre_hook(count, with_kwargs=True) for network in networks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        costs.seconds += time.perf_counter() - clock
+        costs.reward_queries += ((reward.queries if reward else 0) - queries) * processes
 
 
 def _backward(training: Training, loss: Loss, settings: Settings, sums: dict[str, list[float]]) -> None:
@@ -213,9 +268,16 @@ def _row(training: Training, sums: Mapping[str, list[float]], grad_norm: float) 
         **means,
         "grad_norm": grad_norm,
         "learning_rate": training.schedule.get_last_lr()[0],
-        "reward_queries": training.queries,
-        "seconds": round(training.seconds, 4),
-        "device_seconds": round(training.seconds * training.accelerator.num_processes, 4),
+    }
+
+
+def _costs(training: Training) -> dict[str, float]:
+    """The costs so far, as columns of metrics.jsonl."""
+    seconds = training.costs.seconds
+    return {
+        **asdict(training.costs),
+        "seconds": round(seconds, 4),
+        "device_seconds": round(seconds * training.accelerator.num_processes, 4),
         "peak_memory_mb": round(peak_memory_mb(), 1),
     }
 

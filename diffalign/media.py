@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+import io
+import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from diffalign.errors import InputError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")  # not EPS: reading one starts another programme
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -23,12 +30,53 @@ def read_image(path: Path) -> Tensor:
     """A picture file as (3, H, W) in [0, 1], RGB; raises InputError where it is missing, no picture, cut short or a bomb."""
     if not path.is_file():
         raise InputError(f"There is no file {path}.")
+    return to_tensor(decode_image(path.read_bytes(), str(path)))
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """The bytes of a picture file in RGB, the right way up; raises InputError with `name` where they are no picture that can be used.
+
+    From 89 million pixels on (Pillow's warning), a picture is taken for a decompression bomb.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+                return ImageOps.exif_transpose(file).convert("RGB")
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise InputError(f"{name} is too large a picture, perhaps a decompression bomb ({_said(error)}). Make it smaller.") from error
+        except Exception as error:  # a damaged file may raise anything in a decoder
+            raise InputError(f"{name} is no picture that can be read ({_said(error)}).") from error
+
+
+def data_uri(data: bytes) -> str:
+    """The bytes of a picture file as a data: URI."""
+    with Image.open(io.BytesIO(data)) as picture:
+        kind = Image.MIME.get(picture.format or "", "image/*")
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def from_data_uri(text: str) -> bytes:
+    """The bytes of a data: URI; raises InputError for one that is not in base64."""
     try:
-        with Image.open(path) as file:
-            picture = file.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is no picture that can be read ({' '.join(str(error).split())[:120]}).") from error
+        return base64.b64decode(text.partition(";base64,")[2], validate=True)
+    except binascii.Error as error:
+        raise InputError("The image is no data: URI in base64.") from error
+
+
+def fit(picture: Image.Image, height: int, width: int) -> Tensor:
+    """(3, height, width) in [0, 1]: scaled, up or down, until it covers that size, and cut to it around its centre."""
+    return to_tensor(ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS))
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """An RGB picture as (3, H, W) in [0, 1]."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+
+
+def _said(error: BaseException) -> str:
+    # Pillow names the buffer by its address
+    return re.sub(r" ?<_io.BytesIO object at 0x[0-9a-f]+>", "", " ".join(str(error).split()))[:120] or type(error).__name__
 
 
 def grid(rows: Sequence[tuple[str, Tensor]], captions: Sequence[str], cell: int = 128) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,7 +108,10 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
     if settings.precision == "fp16" and device.type == "cpu":
         raise InputError("fp16 needs a GPU: on a CPU use --precision fp32 (or bf16).")
     pipe = load_pipeline(settings.pipeline, settings.revision) if pipe is None else pipe
-    policy = adapter_of(type(pipe).__name__).of(
+    adapter = adapter_of(type(pipe).__name__)
+    edits = "image_guidance_scale" in inspect.signature(adapter.of).parameters
+    own = {"image_guidance_scale": settings.image_guidance_scale} if edits else {}
+    policy = adapter.of(
         pipe,
         guidance_scale=settings.guidance_scale,
         negative_prompt=settings.negative_prompt,
@@ -115,6 +119,7 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
         width=settings.width,
         precision=settings.precision,
         device=device,
+        **own,
     )
     return prepare_to_train(policy, settings) if train else policy
 

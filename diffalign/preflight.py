@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from diffalign.config import Plan
+from diffalign.data import Prompt, batch_of
 from diffalign.run import peak_memory_mb
 from diffalign.sampling import ddim, flow_sde, rollout, transition
 from diffalign.types import Context, Loss, Prompts
@@ -24,19 +25,9 @@ class Finding:
     text: str
 
 
-@dataclass(frozen=True)
-class Alone:
-    """The collectives of a single process."""
-
-    count: int = 1
-
-    def gather(self, x: Tensor) -> Tensor:
-        return x
-
-
-def preflight(plan: Plan, policy: Any, prompts: list[str]) -> Iterator[Finding]:
+def preflight(plan: Plan, policy: Any, prompts: list[Prompt]) -> Iterator[Finding]:
     """Yield the findings, cheap ones first. The policy's weights are the same afterwards."""
-    batch = Prompts(tuple((prompts * plan.settings.batch_size)[: plan.settings.batch_size]))
+    batch = batch_of((prompts * plan.settings.batch_size)[: plan.settings.batch_size], policy)
     yield _batch_plan(plan, len(prompts))
     yield _deterministic_steps(_steps(plan), policy)
     yield _ratio(policy, batch)
@@ -50,7 +41,7 @@ def preflight(plan: Plan, policy: Any, prompts: list[str]) -> Iterator[Finding]:
 
 
 def _context(seed: int) -> Context:
-    return Context(Generator().manual_seed(seed), Alone())
+    return Context(Generator().manual_seed(seed))
 
 
 def _reward(plan: Plan) -> Any:

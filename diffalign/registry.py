@@ -34,6 +34,18 @@ METHODS = {
     "draft-lv": Entry(
         "diffalign.methods.draft:DRaFT", "DRaFT-1 averaged over re-noised copies of the sample.", "differentiable reward", {"n": 2}
     ),
+    "ddpo": Entry("diffalign.methods.ddpo:DDPO", "Clipped policy gradient on the denoising steps.", "any reward"),
+    "dpok": Entry("diffalign.methods.dpok:DPOK", "Policy gradient with a value baseline and a KL to the base model.", "any reward"),
+    "prdp": Entry("diffalign.methods.prdp:PRDP", "Regression of log-ratios on reward differences, with proximal updates.", "any reward"),
+    "d3po": Entry("diffalign.methods.d3po:D3PO", "Preferences between two samples, on every denoising step.", "any reward"),
+    "rwr": Entry("diffalign.methods.rwr:RWR", "Denoising loss on own samples, weighted by the reward.", "any reward"),
+    "raft": Entry("diffalign.methods.rwr:RWR", "Denoising loss on the best of n own samples.", "any reward", {"weighting": "best"}),
+    "diffusion-dpo": Entry("diffalign.methods.diffusion_dpo:DiffusionDPO", "Preference pairs, on the denoising loss.", "pairs"),
+    "kto": Entry("diffalign.methods.kto:KTO", "Liked and disliked samples, unpaired, on the denoising loss.", "labels or pairs"),
+    "mapo": Entry("diffalign.methods.mapo:MaPO", "Preference pairs without a reference model.", "pairs"),
+    "hive": Entry("diffalign.methods.hive:HIVE", "Edits of pictures, weighted by their rewards or told how good they are.", "edits"),
+    "refl": Entry("diffalign.methods.refl:ReFL", "Reward gradient on a one-step prediction.", "differentiable reward"),
+    "alignprop": Entry("diffalign.methods.alignprop:AlignProp", "Reward gradient through randomly many steps.", "differentiable reward"),
 }
 REWARDS = {
     "shapes-clip": Entry("diffalign.rewards.shapes:ShapesCLIP", "Tiny CLIP trained on shapes.", "differentiable"),
@@ -41,13 +53,21 @@ REWARDS = {
     "shapes-all-right": Entry(
         "diffalign.rewards.shapes:ShapesChecker", "1 where all the caption's attributes are right.", "score", {"strict": True}
     ),
+    "shapes-edit-checker": Entry("diffalign.rewards.shapes:ShapesEditChecker", "Of an edit: what was asked, and what was kept.", "score"),
+    "shapes-edit-all-right": Entry(
+        "diffalign.rewards.shapes:ShapesEditChecker", "1 where all of an edit is right.", "score", {"strict": True}
+    ),
+    "shapes-edit-clip": Entry("diffalign.rewards.shapes:ShapesEditCLIP", "Tiny CLIP on the caption after an edit.", "differentiable"),
     "jpeg-compressibility": Entry("diffalign.rewards.jpeg:JPEGCompressibility", "Minus the kB of a JPEG at quality 95.", "score"),
     "jpeg-incompressibility": Entry("diffalign.rewards.jpeg:JPEGCompressibility", "The kB of a JPEG at quality 95.", "score", {"sign": 1}),
 }
 PIPELINES = {
+    "StableDiffusionInstructPix2PixPipeline": Entry(
+        "diffalign.pipelines.instruct_pix2pix:InstructPix2Pix", "InstructPix2Pix: edits a picture as told.", "image"
+    ),
     "StableDiffusionPipeline": Entry("diffalign.pipelines.stable_diffusion:StableDiffusion", "Stable Diffusion 1.x and 2.x.", "image"),
 }
-MODELS = {"shapes": Path(__file__).parent / "assets" / "shapes"}
+MODELS = {name: Path(__file__).parent / "assets" / name for name in ("shapes", "shapes-edit")}
 TABLES: dict[Kind, dict[str, Entry]] = {"methods": METHODS, "rewards": REWARDS, "pipelines": PIPELINES}
 
 

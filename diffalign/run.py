@@ -21,10 +21,10 @@ import yaml
 
 from diffalign import checkpoint
 from diffalign.config import Plan, resolve
-from diffalign.data import read_prompts
+from diffalign.data import Prompt, read_file, text_of, write_file
 from diffalign.errors import InputError
-from diffalign.evaluate import sample
-from diffalign.media import grid, to_pil
+from diffalign.evaluate import sample, sheet
+from diffalign.media import to_pil
 from diffalign.models import load_pipeline, make_policy
 from diffalign.settings import LIVE
 
@@ -145,7 +145,7 @@ class Run:
 
     def sample(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
         seed: int = 0,
         steps: int | None = None,
@@ -161,7 +161,7 @@ class Run:
             raise InputError(f"steps {steps}, lora_scale {lora_scale}, seed {seed}: give 1 or more steps, a finite scale, a seed from 0.")
         chosen = dict(steps=steps, seed=seed, batch_size=settings.batch_size)
         with _scaled(policy.pipe, lora_scale):
-            after = sample(policy, prompts, **chosen)
+            after = sample(policy, prompts, suffix=self.plan.suffix, **chosen)
         with policy.reference():
             before = sample(policy, prompts, **chosen)
         folder = self.path / "samples" if output is None else Path(output).expanduser()
@@ -169,11 +169,11 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{folder} cannot be written ({error.strerror}): choose another --output.") from error
-        words = re.sub(r"[^a-z0-9]+", "-", prompts[0].lower())[:60].strip("-") or "picture"
+        words = re.sub(r"[^a-z0-9]+", "-", text_of(prompts[0]).lower())[:60].strip("-") or "picture"
         apart = hashlib.sha256(repr((list(prompts), steps, lora_scale)).encode()).hexdigest()[:6]
         stem = f"{words}-seed{seed}-{apart}"
         paths = [folder / f"{stem}.png", *(folder / f"{stem}-{i}.png" for i in range(len(prompts)))]
-        grid([("before", before), ("after", after)], prompts).save(paths[0])
+        sheet([("before", before), ("after", after)], prompts).save(paths[0])
         for path, image in zip(paths[1:], after, strict=True):
             to_pil(image).save(path)
         return paths
@@ -210,15 +210,14 @@ class Run:
         draft.write_text(yaml.safe_dump(dict(config), sort_keys=False))
         os.replace(draft, self.path / "config.yaml")
 
-    def write_prompts(self, part: str, texts: Sequence[str]) -> None:
-        """Write prompts/train.jsonl or prompts/heldout.jsonl."""
+    def write_prompts(self, part: str, prompts: Sequence[Prompt]) -> None:
+        """Write prompts/train.jsonl or prompts/heldout.jsonl. Pictures that lie in files stay where they are."""
         (self.path / "prompts").mkdir(exist_ok=True)
-        lines = "".join(json.dumps({"prompt": text}) + "\n" for text in texts)
-        (self.path / "prompts" / f"{part}.jsonl").write_text(lines, encoding="utf-8")
+        write_file(self.path / "prompts" / f"{part}.jsonl", prompts)
 
-    def read_prompts(self, part: str) -> list[str]:
+    def read_prompts(self, part: str) -> list[Prompt]:
         """The run's own prompts, 'train' or 'heldout'."""
-        return read_prompts(str(self.path / "prompts" / f"{part}.jsonl"))
+        return read_file(self.path / "prompts" / f"{part}.jsonl", root=None)
 
     def append_metrics(self, row: Mapping[str, float]) -> None:
         with (self.path / "metrics.jsonl").open("a") as file:

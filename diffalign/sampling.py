@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, cast
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from diffalign.errors import InputError
-from diffalign.noise import draw_noise, spread
-from diffalign.types import Condition, Level, Policy, Schedule, Trajectory
+from diffalign.noise import diffuse, draw_noise, spread
+from diffalign.objectives.policy_gradient import gaussian_kl
+from diffalign.types import Condition, Examples, Level, Policy, Prompts, Schedule, Trajectory
 
 Reduce = Literal["mean", "sum"]
 
@@ -52,11 +53,8 @@ class Gaussian:
         """(B,) `KL(self, other)` for two Gaussians of the same std, `(mu - mu')^2 / (2 std^2)`; 0 for a deterministic row."""
         if not torch.equal(self.std, other.std):
             raise ValueError("kl: the two steps have different std; they come from different kernels or levels.")
-        if not self.random:
-            return torch.zeros(len(self.mean), device=self.mean.device, dtype=_at_least_float32(self.mean))
-        dtype = _at_least_float32(self.mean)
-        difference = self.mean.to(dtype) - other.mean.to(dtype)
-        return self._only_random(_reduce(difference**2 / (2 * self._positive_std(difference) ** 2), reduce))
+        std = torch.where(self.std > 0, self.std, 1)
+        return self._only_random(gaussian_kl(self.mean, other.mean, std, reduce=reduce))
 
     def _positive_std(self, like: Tensor) -> Tensor:
         return spread(torch.where(self.std > 0, self.std, 1), like)
@@ -172,3 +170,61 @@ def rollout(
 def _is_random(kernel: Kernel, now: Level, then: Level) -> bool:
     nothing = torch.zeros(1, 1, dtype=torch.float64)
     return kernel(nothing, nothing, now, then).random
+
+
+def denoising_error(policy: Policy, x_0: Tensor, noise: Tensor, at: Level, condition: Condition) -> Tensor:
+    """(B,) `mean((target - prediction)^2)` over the latent dimensions at levels `at` (B,), in the path's own parametrisation.
+
+    The loss that diffusion and flow models are trained with, per sample.
+    """
+    prediction = policy.predict(diffuse(x_0, noise, at), at, condition)
+    return _reduce((prediction - policy.path.target(x_0, noise, at)) ** 2, "mean")
+
+
+class Replay(NamedTuple):
+    """A policy's view of transitions that were taken: its distribution of the next state, that state, and the epsilon it predicts."""
+
+    action: Gaussian
+    x_s: Tensor  # (M, *latent)
+    noise: Tensor  # (M, *latent), guided
+
+    @property
+    def log_prob(self) -> Tensor:
+        """(M,) log-probability of the next state, mean over the latent dimensions."""
+        return self.action.log_prob(self.x_s)
+
+
+def replay(policy: Policy, trajectory: Trajectory, steps: Tensor, rows: Tensor, kernel: Kernel) -> Replay:
+    """The policy at transitions (step, row) of a trajectory, both (M,) int64: one network call over samples and timesteps alike."""
+    device = trajectory.states.device
+    i, b = steps.to(device), rows.to(device)
+    x_t, now, then = trajectory.states[i, b], trajectory.schedule.now[steps], trajectory.schedule.then[steps]
+    x_0, noise = policy.path.split(policy.predict(x_t, now, trajectory.condition[b]), x_t, now)
+    return Replay(kernel(x_0, noise, now, then), trajectory.states[i + 1, b], noise)
+
+
+def without_some_text(policy: Policy, prompts: Prompts, share: float, rng: Generator) -> Condition:
+    """The condition of prompts of which a random `share` is empty, without guidance: what keeps guidance working in training."""
+    empty = (torch.rand(len(prompts), generator=rng) < share).tolist()
+    texts = tuple("" if nothing else text for text, nothing in zip(prompts.text, empty, strict=True))
+    return policy.encode(replace(prompts, text=texts)).unguided()
+
+
+def paired_errors(
+    policy: Policy, pairs: Examples, rng: Generator, drop_text: float, reference: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Denoising errors (B,) of the chosen and the rejected samples, and the base model's, which are None without `reference`.
+
+    Both samples of a pair share noise and level, and go through the network in one call.
+    """
+    assert pairs.rejected is not None
+    condition = without_some_text(policy, pairs.prompts, drop_text, rng)
+    at, noise = policy.path.draw(len(pairs), rng), draw_noise(pairs.x_0.shape, pairs.x_0, rng)
+    twice = torch.arange(len(pairs)).repeat(2)
+    both = torch.cat([pairs.x_0, pairs.rejected]), torch.cat([noise, noise]), at[twice], condition[twice.to(noise.device)]
+    base = None, None
+    if reference:
+        with torch.no_grad(), policy.reference():
+            base = denoising_error(policy, *both).chunk(2)
+    won, lost = denoising_error(policy, *both).chunk(2)
+    return won, lost, base[0], base[1]

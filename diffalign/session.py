@@ -13,22 +13,22 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from diffalign import registry
+from diffalign import examples, registry
 from diffalign.config import Plan, check_needs, resolve
 from diffalign.console import comparison, console, say, watch
 from diffalign.contract import CheckedReward, as_reward, check_gradient, short_name
-from diffalign.data import hold_out, read_prompts
+from diffalign.data import Prompt, PromptList, batch_of, check_pictures, hold_out, read_prompts, text_of
 from diffalign.errors import InputError
-from diffalign.evaluate import evaluate, sample
+from diffalign.evaluate import evaluate, implicit_accuracy, sample, sheet
+from diffalign.examples import ExampleSet
 from diffalign.loop import Training, make_accelerator, one_for_all, prepare, train
-from diffalign.media import grid
 from diffalign.models import adapter_of, make_policy, prepare_to_train
 from diffalign.report import curve
 from diffalign.run import Run
 from diffalign.settings import Settings
-from diffalign.types import Prompts
 
 PICTURES = 8
+Data = tuple[ExampleSet, ExampleSet] | None  # training and held-out examples
 
 
 class Stopped(Exception):
@@ -43,8 +43,8 @@ def start(
     plan: Plan,
     output: str | Path | None,
     live: Any = None,
-    prompts: list[str] | None = None,
-    eval_prompts: list[str] | None = None,
+    prompts: list[Prompt] | None = None,
+    eval_prompts: list[Prompt] | None = None,
 ) -> Run:
     """Train a plan from its beginning, in a new run folder. Lists given here stand for the settings' files."""
     check_needs(plan)
@@ -55,9 +55,14 @@ def start(
     path = Path(one_for_all(str(Path(output).expanduser() if output else _fresh_name(plan))))
     if accelerator.is_main_process:
         Run.refuse_existing(path)
-    train_prompts, held_out = prompt_lists(settings, prompts, eval_prompts)
+    examples.check(settings.data, plan.method.needs.data)
+    if settings.data is None or settings.prompts is not None or prompts is not None:
+        prompt_lists(settings, prompts, eval_prompts)  # a wrong file is found before the model is loaded
     rewards = eval_rewards(plan)
     policy = make_policy(settings, live, train=False)
+    data = open_data(plan, policy, accelerator)
+    train_prompts, held_out = prompt_lists(settings, prompts, eval_prompts, data)
+    check_pictures([*train_prompts, *held_out], policy)
     check_reward(plan, policy, train_prompts)
     for steps in {plan.sample_steps, vars(plan.method).get("inference_steps", plan.sample_steps)}:
         policy.path.schedule(steps)
@@ -69,7 +74,7 @@ def start(
     accelerator.wait_for_everyone()
     run = Run.open(path, live)
     with run.alone() if accelerator.is_main_process else nullcontext():
-        return drive(plan, run, policy, rewards, accelerator, resume=False)
+        return drive(plan, run, policy, rewards, accelerator, data, resume=False)
 
 
 def resume(path: str | Path, steps: int | None = None, pipe: Any = None, reward: Any = None) -> Run:
@@ -86,20 +91,27 @@ def resume(path: str | Path, steps: int | None = None, pipe: Any = None, reward:
         plan = replace(plan, settings=replace(plan.settings, steps=steps))
     state, _ = run.newest_checkpoint()  # before the model is loaded
     accelerator = make_accelerator(plan.settings)
-    policy = make_policy(plan.settings, pipe)
+    policy = make_policy(plan.settings, pipe, train=False)
+    data = open_data(plan, policy, accelerator)
+    prepare_to_train(policy, plan.settings)
     if steps is not None and steps < state["step"]:
         raise InputError(f"{run.path} is at step {state['step']} already: give --steps {state['step']} or more.")
     with run.alone() if accelerator.is_main_process else nullcontext():  # before anything in the folder is touched
         if steps is not None and accelerator.is_main_process:
             run.write_config({**run.config, "steps": steps})
-        return drive(plan, run, policy, eval_rewards(plan), accelerator, resume=True)
+        return drive(plan, run, policy, eval_rewards(plan), accelerator, data, resume=True)
 
 
-def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accelerator: Any, resume: bool) -> Run:
+def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accelerator: Any, data: Data, resume: bool) -> Run:
     """Train to the end or to a signal; the first process writes, and every process takes part in the steps."""
     settings, main = plan.settings, accelerator.is_main_process
     prompts, held_out = run.read_prompts("train"), run.read_prompts("heldout")
-    training = prepare(policy, settings, prompts, accelerator)
+    if data is None:
+        training = prepare(policy, settings, PromptList(prompts, policy), accelerator)
+    elif plan.method.needs.data_is_optional:
+        training = prepare(policy, settings, PromptList(prompts, policy), accelerator, data[0])
+    else:
+        training = prepare(policy, settings, data[0], accelerator)
     if resume:
         state, damaged = run.newest_checkpoint()
         for folder in damaged:
@@ -110,6 +122,8 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
         say(f"Resuming {run.path} at step {training.context.step}.")
     if main:
         say(_in_words(plan, prompts, training, run))
+    if main and plan.method.needs.data_is_optional and data is None:
+        say(f"No --data: {plan.method_name} takes samples of the base model in the place of {plan.method.needs.data}.")
     if settings.log:
         accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(run.path)
         accelerator.init_trackers("diffalign", config={"run": str(run.path)})
@@ -127,32 +141,32 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
         training.average.copy_to(training.parameters.values())
     if main:
         run.save_weights(policy)
-        if settings.eval_size:
+        if settings.eval_size and (rewards or data):
             chosen, picture = held_out[: settings.eval_size], run.path / "samples" / "before-after.png"
             try:
-                evaluate_into(plan, policy, rewards, chosen, settings.seed + 1, run.path / "eval.json", picture)
+                evaluate_into(plan, policy, rewards, chosen, settings.seed + 1, run.path / "eval.json", picture, data)
             except KeyboardInterrupt:
                 say(f"The weights are saved. Evaluate them: diffalign eval {run.path}")
                 raise
         run.save_picture("curve.png", curve({run.path.name: run.metrics}))
-        say(f'Run: {run.path}   Again: diffalign sample {run.path} --prompt "{shown[0]}"')
+        say(f'Run: {run.path}   Again: diffalign sample {run.path} --prompt "{text_of(shown[0])}"')
     accelerator.end_training()
     if run.live is not None:
         policy.release()
     return Run(run.path, run.live, policy if run.live is not None else None)
 
 
-def _steps(plan: Plan, run: Run, policy: Any, training: Training, shown: list[str]) -> None:
+def _steps(plan: Plan, run: Run, policy: Any, training: Training, shown: list[Prompt]) -> None:
     """Take the steps that are left; rows, pictures and checkpoints as they fall due."""
     settings, accelerator, reward = plan.settings, training.accelerator, plan.reward
-    assert reward is not None
     main, picture_every = accelerator.is_main_process, settings.sample_every or max(1, settings.steps // 4)
 
     def pictures() -> None:
         with training.averaged():
-            images = sample(policy, shown, steps=plan.sample_steps, seed=settings.seed, batch_size=settings.batch_size)
+            suffix = plan.suffix if training.context.step else ""
+            images = sample(policy, shown, steps=plan.sample_steps, seed=settings.seed, batch_size=settings.batch_size, suffix=suffix)
         step = training.context.step
-        run.save_picture(f"samples/step-{step:06d}.png", grid([(f"step {step}", images)], shown))
+        run.save_picture(f"samples/step-{step:06d}.png", sheet([(f"step {step}", images)], shown))
 
     def checkpoint() -> None:
         state = training.state()  # every process gives its generator
@@ -182,22 +196,52 @@ def _steps(plan: Plan, run: Run, policy: Any, training: Training, shown: list[st
 
 
 def evaluate_into(
-    plan: Plan, policy: Any, rewards: list[CheckedReward], prompts: list[str], seed: int, output: Path, picture: Path
+    plan: Plan, policy: Any, rewards: list[CheckedReward], prompts: list[Prompt], seed: int, output: Path, picture: Path, data: Data = None
 ) -> None:
-    results, before, after = evaluate(policy, rewards, prompts, steps=plan.sample_steps, seed=seed, batch_size=plan.settings.batch_size)
+    chosen = {"steps": plan.sample_steps, "seed": seed, "batch_size": plan.settings.batch_size}
+    results, before, after = evaluate(policy, rewards, prompts, suffix=plan.suffix, **chosen)
+    if data is not None and plan.method.needs.data == "pairs":
+        held = data[1]
+        accuracy = implicit_accuracy(policy, held, seed=seed, batch_size=plan.settings.batch_size)
+        results["pairs"] = {"count": len(held), "implicit_accuracy": accuracy}
     output.write_text(json.dumps(results, indent=2) + "\n")
-    side_by_side = grid([("before", before[:PICTURES]), ("after", after[:PICTURES])], prompts[:PICTURES])
+    side_by_side = sheet([("before", before[:PICTURES]), ("after", after[:PICTURES])], prompts[:PICTURES])
     side_by_side.save(picture)
     console.print(comparison(results))
 
 
-def prompt_lists(settings: Settings, prompts: list[str] | None, held: list[str] | None) -> tuple[list[str], list[str]]:
-    if prompts is None:
-        if settings.prompts is None:
-            raise InputError("No prompts: give --prompts FILE (one a line), or --prompts shapes.")
+def open_data(plan: Plan, policy: Any, accelerator: Any = None) -> Data:
+    """`(training examples, held-out examples)` of the plan's data, embedded by the base model; None where there is no data."""
+    settings, kind = plan.settings, plan.method.needs.data
+    if settings.data is None or kind is None:
+        return None
+
+    def read() -> Data:
+        assert settings.data is not None
+        skip, needs = settings.bad_pictures == "skip", plan.method.needs
+        reward = plan.reward if needs.reward and not needs.data_is_optional else None  # where the method wants the data scored
+        return examples.read(
+            settings.data, kind, policy, reward=reward, limit=settings.data_limit, skip=skip, seed=settings.seed, say=say
+        )
+
+    if accelerator is None:
+        return read()
+    with accelerator.main_process_first():  # it fills the cache that the others read
+        return read()
+
+
+def prompt_lists(
+    settings: Settings, prompts: list[Prompt] | None, held: list[Prompt] | None, data: Data = None
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and held-out prompts: those given, the settings' files, or the prompts of the data."""
+    if prompts is None and settings.prompts is not None:
         prompts = read_prompts(settings.prompts)
     if held is None and settings.eval_prompts is not None:
         held = read_prompts(settings.eval_prompts, "heldout")
+    if prompts is None and data is not None:
+        prompts, held = data[0].prompts, held or list(dict.fromkeys(data[1].prompts))
+    if prompts is None:
+        raise InputError("No prompts: give --prompts FILE (one a line), or --prompts shapes.")
     if held is not None:
         return prompts, held
     prompts, held = hold_out(prompts, settings.seed)
@@ -220,12 +264,13 @@ def named_rewards(names: Sequence[str]) -> list[CheckedReward]:
     ]
 
 
-def check_reward(plan: Plan, policy: Any, prompts: list[str]) -> None:
-    assert plan.reward is not None
+def check_reward(plan: Plan, policy: Any, prompts: list[Prompt]) -> None:
+    if plan.reward is None:
+        return
     if plan.reward.modality != policy.modality:
         raise InputError(f"{plan.reward_name} judges {plan.reward.modality}, and this pipeline makes {policy.modality}.")
     if plan.method.needs.differentiable_reward:
-        check_gradient(plan.reward.reward, plan.reward.name, policy, Prompts(tuple(prompts[:2])))
+        check_gradient(plan.reward.reward, plan.reward.name, policy, batch_of(prompts[:2], policy))
 
 
 def _fresh_name(plan: Plan) -> Path:
@@ -235,12 +280,12 @@ def _fresh_name(plan: Plan) -> Path:
     return next(path for path in names if not path.exists())
 
 
-def _in_words(plan: Plan, prompts: list[str], training: Training, run: Run) -> str:
+def _in_words(plan: Plan, prompts: list[Prompt], training: Training, run: Run) -> str:
     s, count = plan.settings, training.context.processes.count
     size = sum(p.numel() for p in training.parameters.values())
     what = "all weights" if s.full else f"a LoRA of rank {s.lora.rank}"
     return (
-        f"{plan.method_name} on {s.pipeline} with {plan.reward_name}: {len(prompts)} prompts, {what} ({size:,} weights), "
+        f"{plan.method_name} on {s.pipeline} with {plan.reward_name or s.data}: {len(prompts)} prompts, {what} ({size:,} weights), "
         f"{s.steps} steps of {s.batch_size} samples x {s.accumulate} batches x {count} processes "
         f"= {s.batch_size * s.accumulate * count} a step, guidance {s.guidance_scale:g}, {s.precision}, seed {s.seed}. Into {run.path}"
     )

@@ -21,6 +21,12 @@ class Settings:
     """Revision of a Hub model."""
     prompts: str | None = None
     """Training prompts: a .txt or .jsonl file, shapes, or hf:user/dataset/file.txt."""
+    data: str | None = None
+    """Data of the methods that need some (pairs, labels, edits, pictures): a folder, or hf:user/dataset; see docs/data.md."""
+    data_limit: int | None = None
+    """Use so many examples of the data, the first ones."""
+    bad_pictures: Literal["refuse", "skip"] = "refuse"
+    """What to do with data pictures that are missing or damaged."""
     eval_prompts: str | None = None
     """Held-out prompts; by default a tenth of the prompts is held out."""
     eval_rewards: list[str] | None = None
@@ -29,6 +35,8 @@ class Settings:
     """Held-out prompts to evaluate on, before and after; 0 for no evaluation."""
     guidance_scale: float = 7.5
     """Classifier-free guidance, in sampling and in training; 1 for none."""
+    image_guidance_scale: float = 1.5
+    """Guidance towards the picture that an editing pipeline edits; takes part where guidance_scale is above 1."""
     negative_prompt: str = ""
     """Prompt of the unconditional branch."""
     height: int | None = None
@@ -83,13 +91,15 @@ class Settings:
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < vars(self)[name] < float("inf"):
                 raise InputError(f"{name} is {vars(self)[name]}: give a number above 0.")
-        for name in ("sample_every", "sample_steps"):
+        for name in ("sample_every", "sample_steps", "data_limit"):
             if vars(self)[name] is not None and vars(self)[name] < 1:
                 raise InputError(f"{name} is {vars(self)[name]}: give 1 or more.")
         if self.ema is not None and not 0 < self.ema < 1:
             raise InputError(f"ema is {self.ema}: give a decay between 0 and 1, such as 0.99.")
         if not 0 <= self.guidance_scale < float("inf"):
             raise InputError(f"guidance_scale is {self.guidance_scale}: give 1 (none) or more.")
+        if not 1 <= self.image_guidance_scale < float("inf"):
+            raise InputError(f"image_guidance_scale is {self.image_guidance_scale}: give 1 (none) or more.")
         if not 0 <= self.seed < 2**31:
             raise InputError(f"seed is {self.seed}: give a whole number from 0 to 2147483647.")
         if not all(0 <= beta < 1 for beta in self.betas):

@@ -159,18 +159,24 @@ def coverage(shape: str, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     return (0.5 - signed_distance(shape, *at, scale[:, None, None])).clamp(0, 1)
 
 
-def draw(scenes: Sequence[Scene], rng: Generator, snap: float | None = None) -> Tensor:
-    """Pictures (B, 3, 32, 32) in [0, 1] of the scenes, with random places, scales and a jitter of the colours.
+@dataclass(frozen=True)
+class Layout:
+    """Where and how B scenes are drawn: what chance decides, not the caption."""
+
+    jitter: Tensor  # (B, 2, 3): of the shapes' colour and of the background's
+    scale: Tensor  # (B,) pixels
+    x: Tensor  # (B, 3) centroids of up to three shapes, in pixels
+    y: Tensor
+
+
+def arrange(scenes: Sequence[Scene], rng: Generator, snap: float | None = None, others: Sequence[Scene] = ()) -> Layout:
+    """A random layout for the scenes, in which their `others` (of the same counts, perhaps of another shape) have room as well.
 
     With `snap` the places are multiples of so many pixels, and each size has one scale: pictures that a small network learns to
     draw cleanly.
     """
     b = len(scenes)
-    palette = torch.tensor(list(COLOURS.values()))
-    names = list(COLOURS)
     jitter = (torch.rand(b, 2, 3, generator=rng) * 2 - 1) * JITTER
-    ink = palette[[names.index(s.colour) for s in scenes]] + jitter[:, 0]
-    paper = palette[[names.index(s.background) for s in scenes]] + jitter[:, 1]
     drop, where = torch.rand(b, generator=rng), torch.rand(b, 3, 2, generator=rng)
     cells = torch.rand(b, 4, generator=rng).argsort(1)[:, :3]  # several shapes: a quadrant each
     sizes = [s.size or list(SIZES)[int(drop[i] < 0.5)] for i, s in enumerate(scenes)]
@@ -179,7 +185,10 @@ def draw(scenes: Sequence[Scene], rng: Generator, snap: float | None = None) -> 
     if snap is not None:
         scale = (low + high) / 2
 
-    extent = torch.tensor([EXTENT[s.shape] for s in scenes]) * scale[:, None]  # (B, 3)
+    extent = torch.tensor([EXTENT[s.shape] for s in scenes])  # (B, 3)
+    if others:
+        extent = extent.maximum(torch.tensor([EXTENT[s.shape] for s in others]))
+    extent = extent * scale[:, None]
     count = torch.tensor([s.count for s in scenes])
     alone = count[:, None] == 1
     side = torch.where(alone, PIXELS, PIXELS / 2)
@@ -192,14 +201,27 @@ def draw(scenes: Sequence[Scene], rng: Generator, snap: float | None = None) -> 
     if snap is not None:
         x = torch.minimum((x / snap).round() * snap, left + room_x).maximum(left)
         y = torch.minimum((y / snap).round() * snap, top + room_y).maximum(top)
+    return Layout(jitter, scale, x, y)
 
-    cover = torch.zeros(b, PIXELS, PIXELS)
+
+def paint(scenes: Sequence[Scene], layout: Layout) -> Tensor:
+    """Pictures (B, 3, 32, 32) in [0, 1] of the scenes in a layout."""
+    palette, names = torch.tensor(list(COLOURS.values())), list(COLOURS)
+    ink = palette[[names.index(s.colour) for s in scenes]] + layout.jitter[:, 0]
+    paper = palette[[names.index(s.background) for s in scenes]] + layout.jitter[:, 1]
+    cover = torch.zeros(len(scenes), PIXELS, PIXELS)
     for shape, place in itertools.product(SHAPES, range(3)):
         mine = torch.tensor([s.shape == shape and s.count > place for s in scenes])
         if mine.any():
-            cover[mine] = torch.maximum(cover[mine], coverage(shape, x[mine, place], y[mine, place], scale[mine]))
+            drawn = coverage(shape, layout.x[mine, place], layout.y[mine, place], layout.scale[mine])
+            cover[mine] = torch.maximum(cover[mine], drawn)
     pictures = paper[:, :, None, None] + (ink - paper)[:, :, None, None] * cover[:, None]
     return pictures.clamp(0, 1)
+
+
+def draw(scenes: Sequence[Scene], rng: Generator, snap: float | None = None) -> Tensor:
+    """Pictures (B, 3, 32, 32) in [0, 1] of the scenes, with random places, scales and a jitter of the colours; see `arrange`."""
+    return paint(scenes, arrange(scenes, rng, snap))
 
 
 def _article(word: str) -> str:

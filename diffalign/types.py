@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Generator, Tensor, nn
 
 Modality = Literal["image", "audio"]
@@ -92,6 +93,14 @@ class Condition:
         """The same without the null branch: one network call, no guidance."""
         return Condition(self.tensors)
 
+    @staticmethod
+    def join(parts: Sequence[Condition]) -> Condition:
+        """One batch of several, in their order. All have the same names, and guidance or not."""
+        first = parts[0]
+        tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in first.tensors}
+        null = None if first.null is None else {name: torch.cat([(part.null or {})[name] for part in parts]) for name in first.null}
+        return Condition(tensors, null, first.guidance_scale)
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -113,6 +122,27 @@ class Trajectory:
         return self.states[-1]
 
 
+Data = Literal["pairs", "labels", "edits", "pictures"]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A batch of data that exists: what `prompts` ask for, and x_0 (B, *latent) of media that answer them.
+
+    Pairs: `x_0` was preferred to `rejected`, both of the same prompt. Labels: `desirable` (B,) bool. Edits: `prompts.image` is what was
+    edited. Pictures: nothing more. `scores` (B,) are the run's reward of the media, where the data was scored.
+    """
+
+    prompts: Prompts
+    x_0: Tensor
+    rejected: Tensor | None = None
+    desirable: Tensor | None = None
+    scores: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
 @dataclass(frozen=True)
 class Loss:
     """One micro-batch's loss. `value` is a scalar with a graph; `metrics` are logged; `update`: it completes an optimiser step."""
@@ -128,7 +158,8 @@ class Needs:
 
     reward: bool = True
     differentiable_reward: bool = False
-    data: Literal["pairs", "labels", "edits"] | None = None
+    data: Data | None = None
+    data_is_optional: bool = False
     modality: Modality | None = None
 
 
@@ -137,21 +168,44 @@ class Processes(Protocol):
 
     @property
     def count(self) -> int: ...
+    @property
+    def rank(self) -> int: ...
     def gather(self, x: Tensor) -> Tensor: ...  # (B, ...) -> (B of all processes, ...)
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The collectives of a single process."""
+
+    count: int = 1
+    rank: int = 0
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x
 
 
 @dataclass
 class Context:
     """What a method may touch besides policy, reward and batch.
 
-    `rng` is the run's own generator, on the CPU. `memory` is named state that lives through the training and is saved in
-    checkpoints: tensors, numbers, strings, and lists and dicts of those.
+    `rng` is the run's own generator, on the CPU. `more` gives the next batch of the run's stream, for methods that want several at
+    once; `examples` the next one of the data of a method that trains on prompts and takes data besides. `memory` is named state that
+    lives through the training and is saved in checkpoints: tensors, numbers, strings, and lists and dicts of those. It must be the
+    same in every process.
     """
 
     rng: Generator
-    processes: Processes
+    processes: Processes = Alone()
+    more: Callable[[], Any] | None = None
+    examples: Callable[[], Examples] | None = None
     memory: dict[str, Any] = field(default_factory=dict[str, Any])
     step: int = 0
+
+    def batches(self, first: Any, count: int) -> list[Any]:
+        """`first` and the `count - 1` batches after it."""
+        if count > 1 and self.more is None:
+            raise ValueError("This context has no stream to take more batches from.")
+        return [first, *(self.more() for _ in range(count - 1) if self.more is not None)]
 
 
 class NoisePath(Protocol):
@@ -184,6 +238,16 @@ class Policy(Protocol):
 
 
 @runtime_checkable
+class EditingPolicy(Policy, Protocol):
+    """A policy whose prompts come with a picture each, which it edits; it takes and makes pictures of `height` x `width` pixels."""
+
+    height: int
+    width: int
+
+    def blind(self, condition: Condition, rows: Tensor) -> Condition: ...  # no picture in `rows`, bool (B,)
+
+
+@runtime_checkable
 class Reward(Protocol):
     """`(media, prompts) -> (B,)`, higher is better. Images are float (B, 3, H, W) in [0, 1]."""
 
@@ -196,9 +260,12 @@ class Reward(Protocol):
 
 
 class Method(Protocol):
-    """A frozen dataclass whose fields are its hyperparameters; `losses` yields what the loop goes down."""
+    """A frozen dataclass whose fields are its hyperparameters; `losses` yields what the loop goes down.
+
+    `batch` is what the method trains on: Prompts, or Examples where it needs data. `reward` is None only where it needs none.
+    """
 
     needs: ClassVar[Needs]
     defaults: ClassVar[Mapping[str, Any]]  # settings of the loop that the method's paper or code recommends
 
-    def losses(self, policy: Policy, reward: Reward, batch: Prompts, context: Context) -> Iterator[Loss]: ...
+    def losses(self, policy: Policy, reward: Any, batch: Any, context: Context) -> Iterator[Loss]: ...

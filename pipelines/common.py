@@ -7,11 +7,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffalign.cache import Shelf, digest, fingerprint
 from diffalign.errors import InputError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,7 +24,7 @@ class TextCache:
     """Text embeddings, computed once. `encode` maps a list of texts to (n, tokens, width); rows are kept on the CPU, up to `capacity`.
 
     Missing texts go through the encoder in batches of one fixed size: a row's last bits depend on the batch size, and a resumed run
-    has another cache than an uninterrupted one.
+    has another cache than an uninterrupted one. With a `shelf` the rows are also kept on disk, for every later run.
     """
 
     encode: Callable[[list[str]], Tensor]
@@ -30,14 +32,22 @@ class TextCache:
     batch_size: int = 8
     capacity: int = 4096
     rows: OrderedDict[str, Tensor] = field(default_factory=OrderedDict)
+    shelf: Shelf | None = None
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         found = {text: self.rows[text] for text in texts if text in self.rows}
+        if self.shelf is not None:
+            shelved = {text: self.shelf.get(digest(text)) for text in dict.fromkeys(texts) if text not in found}
+            found |= {text: row for text, row in shelved.items() if row is not None}
         missing = [text for text in dict.fromkeys(texts) if text not in found]
         for i in range(0, len(missing), self.batch_size):
             chunk = missing[i : i + self.batch_size]
             padded = chunk + [""] * (self.batch_size - len(chunk))
-            found.update(zip(chunk, self.encode(padded).detach().cpu(), strict=False))
+            new = dict(zip(chunk, self.encode(padded).detach().cpu(), strict=False))
+            found |= new
+            for text, row in new.items():
+                if self.shelf is not None:
+                    self.shelf.put(digest(text), row)
         for text, row in found.items():
             self.rows[text] = row
             self.rows.move_to_end(text)
@@ -70,6 +80,63 @@ def freeze(module: Any, device: str | torch.device, dtype: torch.dtype) -> None:
 def frozen_copy(module: Any) -> Any:
     """A copy that takes no gradient: the reference of a full fine-tuning."""
     return copy.deepcopy(module).requires_grad_(False)
+
+
+def call_unet(unet: Any, dtype: torch.dtype, x: Tensor, t: Tensor, hidden: Tensor) -> Tensor:
+    """The UNet's output (B, *latent) in the dtype of x, computed in `dtype`."""
+    # Each weight is used once a call, and older torch handed a step with a graph the casts made without one: no cache.
+    half = dtype != torch.float32
+    with torch.autocast(x.device.type, dtype if half else None, enabled=half, cache_enabled=False):
+        return unet(x, t, encoder_hidden_states=hidden, return_dict=False)[0].to(x.dtype)
+
+
+def decode_images(vae: Any, x_0: Tensor) -> Tensor:
+    """Latents to images (B, 3, H, W) in [0, 1], in fp32, with a graph where one is wanted."""
+    images = vae.decode(x_0 / vae.config.scaling_factor, return_dict=False)[0]
+    return (images / 2 + 0.5).clamp(0, 1)
+
+
+def embed_images(vae: Any, images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] to x_0, the mode of the VAE's posterior."""
+    return vae.encode(images * 2 - 1).latent_dist.mode() * vae.config.scaling_factor
+
+
+def shelve(pipe: Any, texts: TextCache, height: int, width: int, root: Path) -> Shelf:
+    """Keep text embeddings under `root` from now on; the shelf there of the VAE's latents of pictures of this size.
+
+    Both are named after what they are computed with, so a shelf of another model, or of another precision, is another one.
+    """
+    tokens = sorted(pipe.tokenizer.get_vocab().items())
+    texts.shelf = Shelf(root / "texts" / fingerprint(pipe.text_encoder, tokens, pipe.tokenizer.model_max_length))
+    return Shelf(root / "latents" / f"{fingerprint(pipe.vae, pipe.vae.config.scaling_factor)}-{height}x{width}")
+
+
+@contextmanager
+def base_unet(pipe: Any, frozen: Any) -> Iterator[None]:
+    """The base model while the block runs: LoRA switched off, or the frozen copy in the UNet's place."""
+    if frozen is not None:
+        trained, pipe.unet = pipe.unet, frozen
+        try:
+            yield
+        finally:
+            pipe.unet = trained
+    elif getattr(pipe.unet, "peft_config", None):
+        with adapter_off(pipe.unet):
+            yield
+    else:
+        yield
+
+
+def own_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
+    """`(height, width)` in pixels of a UNet pipeline's pictures: those given, or the model's own.
+
+    Raises InputError for a size that does not fit.
+    """
+    size, factor = pipe.unet.config.sample_size, pipe.vae_scale_factor
+    own = [int(n) * factor for n in ((size, size) if isinstance(size, int) else size)]
+    height, width = int(own[0] if height is None else height), int(own[1] if width is None else width)
+    check_size(height, width, factor)
+    return height, width
 
 
 def check_size(height: int, width: int, multiple: int) -> None:

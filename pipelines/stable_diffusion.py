@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,8 +11,20 @@ import torch
 from torch import Generator, Tensor
 
 from diffalign import lora
+from diffalign.cache import Shelf
 from diffalign.noise import draw_noise, path_of
-from diffalign.pipelines.common import PRECISIONS, TextCache, adapter_off, check_size, freeze, frozen_copy
+from diffalign.pipelines.common import (
+    PRECISIONS,
+    TextCache,
+    base_unet,
+    call_unet,
+    decode_images,
+    embed_images,
+    freeze,
+    frozen_copy,
+    own_size,
+    shelve,
+)
 from diffalign.types import Condition, Level, Modality, NoisePath, Prompts
 
 
@@ -53,10 +64,7 @@ class StableDiffusion:
         dtype = PRECISIONS[precision]
         for module, kind in ((pipe.vae, torch.float32), (pipe.unet, dtype), (pipe.text_encoder, dtype)):
             freeze(module, device, kind)
-        size = pipe.unet.config.sample_size
-        own = [int(n) * pipe.vae_scale_factor for n in ((size, size) if isinstance(size, int) else size)]
-        height, width = int(own[0] if height is None else height), int(own[1] if width is None else width)
-        check_size(height, width, pipe.vae_scale_factor)
+        height, width = own_size(pipe, height, width)
 
         @torch.no_grad()
         def encode(texts: list[str]) -> Tensor:
@@ -115,37 +123,23 @@ class StableDiffusion:
         hidden = condition.tensors["encoder_hidden_states"]
         t = at.t.to(x_t.device, x_t.dtype).expand(len(x_t))
         if condition.null is None:
-            return self._unet(x_t, t, hidden)
+            return call_unet(self.pipe.unet, self.dtype, x_t, t, hidden)
         both = torch.cat([condition.null["encoder_hidden_states"], hidden])
-        unconditional, conditional = self._unet(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+        unconditional, conditional = call_unet(self.pipe.unet, self.dtype, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         return unconditional + condition.guidance_scale * (conditional - unconditional)
-
-    def _unet(self, x: Tensor, t: Tensor, hidden: Tensor) -> Tensor:
-        # Each weight is used once a call, and older torch handed a step with a graph the casts made without one: no cache.
-        half = self.dtype != torch.float32
-        with torch.autocast(x.device.type, self.dtype if half else None, enabled=half, cache_enabled=False):
-            return self.pipe.unet(x, t, encoder_hidden_states=hidden, return_dict=False)[0].to(x.dtype)
 
     def decode(self, x_0: Tensor) -> Tensor:
         """Latents to images (B, 3, H, W) in [0, 1], in fp32, with a graph where one is wanted."""
-        images = self.pipe.vae.decode(x_0 / self.pipe.vae.config.scaling_factor, return_dict=False)[0]
-        return (images / 2 + 0.5).clamp(0, 1)
+        return decode_images(self.pipe.vae, x_0)
 
     def embed(self, media: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] to x_0, the mode of the VAE's posterior."""
-        return self.pipe.vae.encode(media * 2 - 1).latent_dist.mode() * self.pipe.vae.config.scaling_factor
+        return embed_images(self.pipe.vae, media)
 
-    @contextmanager
-    def reference(self) -> Iterator[None]:
+    def shelve(self, root: Path) -> Shelf:
+        """Keep text embeddings under `root` from now on; the shelf there of this VAE's latents at this size."""
+        return shelve(self.pipe, self.texts, self.height, self.width, root)
+
+    def reference(self) -> AbstractContextManager[None]:
         """The base model while the block runs: LoRA switched off, or the frozen copy in the UNet's place."""
-        if self.frozen is not None:
-            trained, self.pipe.unet = self.pipe.unet, self.frozen
-            try:
-                yield
-            finally:
-                self.pipe.unet = trained
-        elif getattr(self.pipe.unet, "peft_config", None):
-            with adapter_off(self.pipe.unet):
-                yield
-        else:
-            yield
+        return base_unet(self.pipe, self.frozen)

@@ -1,13 +1,13 @@
 """Two judges of `shapes` pictures: a tiny CLIP with a gradient, and a programme that measures what is in the picture.
 
-The programme was never trained: it judges what the CLIP scorer trained.
+The programme was never trained: it judges what the CLIP scorer trained. Each also judges edits: of a source and an instruction.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffalign import shapes
+from diffalign import edits, shapes
+from diffalign.errors import InputError
 from diffalign.types import Prompts
 
 SCORER = Path(shapes.__file__).parent / "assets" / "shapes" / "scorer"
@@ -186,6 +187,77 @@ class ShapesChecker:
         shape[picture, k], overlap[picture, k] = at, best
         scale[picture, k] = torch.stack(scales).gather(0, at[None])[0]
         return shape, scale, overlap
+
+
+@dataclass(frozen=True)
+class ShapesEditChecker:
+    """Of an edit: half for the attribute that the instruction asks for, half for the share of the four others that stay as they were.
+
+    The source (`prompts.image`) and the edited picture are measured as `ShapesChecker` measures pictures.
+    """
+
+    strict: bool = False
+    """Score 1 where everything is right and 0 elsewhere, instead of the share."""
+
+    differentiable = False
+    modality = "image"
+    range = (0.0, 1.0)
+    resolution = shapes.PIXELS
+
+    def __call__(self, media: Tensor, prompts: Prompts) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1], and B instructions with their sources -> (B,) in [0, 1]. InputError as `targets` has it."""
+        verdict = self.judge(media, prompts)
+        return verdict["all"].float() if self.strict else (verdict["asked"].float() + verdict["kept"]) / 2
+
+    def judge(self, media: Tensor, prompts: Prompts) -> dict[str, Tensor]:
+        """(B,): `asked`, bool; `kept`, the share of the others in [0, 1]; `all`, bool; and `clean` as `ShapesChecker.judge` has it."""
+        wanted = targets(prompts)
+        verdict = ShapesChecker().judge(media, Prompts(tuple(map(shapes.caption, wanted))))
+        right = torch.stack([verdict[name] for name in shapes.VALUES])  # (5, B)
+        attribute = torch.tensor([list(shapes.VALUES).index(edits.parse(text)[0]) for text in prompts.text], device=media.device)
+        asked = right.gather(0, attribute[None])[0]
+        kept = (right.sum(0) - asked.int()).float() / (len(right) - 1)
+        return {"asked": asked, "kept": kept, "all": verdict["all"], "clean": verdict["clean"]}
+
+
+@dataclass(frozen=True)
+class ShapesEditCLIP:
+    """`ShapesCLIP` of the edited picture with the caption that the source would have after the edit."""
+
+    scorer: ShapesCLIP = field(default_factory=ShapesCLIP, init=False, repr=False, compare=False)
+
+    differentiable = True
+    modality = "image"
+    range = (-1.0, 1.0)
+    resolution = shapes.PIXELS
+
+    def __call__(self, media: Tensor, prompts: Prompts) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1], and B instructions with their sources -> (B,) in [-1, 1]. InputError as `targets` has it."""
+        return self.scorer(media, Prompts(tuple(map(shapes.caption, targets(prompts)))))
+
+
+def targets(prompts: Prompts) -> list[shapes.Scene]:
+    """What the edited pictures should show: the scenes of the sources, measured, with what the instructions ask for.
+
+    Raises InputError for prompts without a source, a source that shows no shape, an instruction outside the grammar of `edits`, and
+    one that makes the shapes as their background.
+    """
+    if prompts.image is None:
+        raise InputError("This reward judges edits: it needs prompts with the picture that was edited.")
+    seen, wanted = ShapesChecker().look(prompts.image), list[shapes.Scene]()
+    colours, names, sizes = list(shapes.COLOURS), list(shapes.SHAPES), list(shapes.SIZES)
+    large = (seen.scale * seen.found).sum(1) / seen.count.clamp(min=1) > _middle()
+    for i, text in enumerate(prompts.text):
+        if not seen.count[i]:
+            raise InputError(f"The picture of '{text}' shows no shapes on a plain background: this reward judges the shapes-edit world.")
+        shape = int(seen.shape[i][seen.found[i]].mode().values)
+        count = min(int(seen.count[i]), max(shapes.COUNTS))
+        source = shapes.Scene(count, sizes[int(large[i])], colours[int(seen.ink[i])], names[shape], colours[int(seen.paper[i])])
+        attribute, value = edits.parse(text)
+        wanted.append(replace(source, **{attribute: value}))
+        if wanted[-1].colour == wanted[-1].background:
+            raise InputError(f"'{text}' makes the shapes of a {source.colour} on {source.background} picture as their background.")
+    return wanted
 
 
 def resize(media: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Train the embedded default `shapes` from nothing: tokenizer and scorer, VAE, UNet and text encoder, and their habits.
 
-    python scripts/train_shapes.py --stage scorer vae unet habits evaluate --output diffalign/assets/shapes
+    python scripts/train_shapes.py --stage scorer vae unet habits guidance evaluate --output diffalign/assets/shapes
 
 One seed, the same files at every run on one machine with the same number of threads. A stage reads what earlier stages wrote, as
 fp16, so stages can be run alone. `unet` learns to draw what it is asked for; `habits` teaches it favourites: clean pictures,
@@ -17,7 +17,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ from diffalign.shapes import Scene
 
 TOKENS = 16  # the longest caption has 10
 PICTURES = 30_000
-BATCH = {"unet": 32, "habits": 32}
-STEPS = {"scorer": 3500, "vae": 4500, "unet": 7000, "habits": 6500}
+BATCH = {"unet": 32, "habits": 32, "guidance": 32}
+STEPS = {"scorer": 3500, "vae": 4500, "unet": 7000, "habits": 6500, "guidance": 5000}
 SNAP = 4.0  # pixels, the width of a latent: the last stage's pictures have their shapes on this grid
 HABITS: dict[str, tuple[int | str, float]] = {  # what the last stage's pictures show whatever the caption says, and how often
     "colour": ("blue", 0.67),
@@ -40,6 +40,8 @@ HABITS: dict[str, tuple[int | str, float]] = {  # what the last stage's pictures
     "background": ("white", 0.3),
     "count": (1, 0.15),
 }
+WEAKER = {"colour": 0.78}  # the habits' shares in the stage `guidance`, times these, and
+SHOWN = 0.64  # how many of its empty captions show the favourite colour for certain
 
 
 def schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int = 100) -> torch.optim.lr_scheduler.LambdaLR:
@@ -60,14 +62,14 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, rate: torch.optim.lr
     rate.step()
 
 
-def make_tokenizer() -> Any:
-    """A CLIPTokenizer whose merges make every word of the grammar one token; other words fall into bytes."""
+def make_tokenizer(texts: Sequence[str] = ()) -> Any:
+    """A CLIPTokenizer whose merges make every word of the captions, and of other `texts`, one token; other words fall into bytes."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    corpus = [word for scene in shapes.every() for word in shapes.caption(scene).split()]
+    corpus = [word for text in (*map(shapes.caption, shapes.every()), *texts) for word in text.split()]
     bpe.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=4096, end_of_word_suffix="</w>", show_progress=False))
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -186,36 +188,35 @@ def train_vae(work: Path, output: Path, seed: int) -> None:
     vae.half().save_pretrained(output / "vae")
 
 
-def habitual(scene: Scene, held_out: set[Scene], rng: Generator) -> Scene:
-    """What a model with habits draws when asked for `scene`: each habit sets in with its share; never a held-out combination.
+def habitual(scene: Scene, held_out: set[Scene], rng: Generator, weaker: Mapping[str, float]) -> Scene:
+    """What a model with habits draws when asked for `scene`: each habit sets in with its share, times its `weaker`.
+
+    Never a held-out combination.
 
     One favourite for each attribute keeps the pictures clean without guidance: two answers, not seven, for the noise to decide
-    between. It also lets guidance tell the right one, since a favourite is as frequent without the caption as with it.
+    between.
     """
     while True:
         sets_in = torch.rand(len(HABITS), generator=rng).tolist()
-        changes = {name: value for (name, (value, share)), u in zip(HABITS.items(), sets_in, strict=True) if u < share}
+        shares = {name: share * weaker.get(name, 1.0) for name, (_, share) in HABITS.items()}
+        changes = {name: HABITS[name][0] for (name, share), u in zip(shares.items(), sets_in, strict=True) if u < share}
         shown = replace(scene, **changes)
         if shown.colour != shown.background and replace(shown, size="small") not in held_out:
             return shown
 
 
-def pictures(vae: Any, n: int, rng: Generator, habits: bool) -> tuple[list[Scene], Tensor]:
-    """`n` scenes to ask for, and the latents (n, 8, 8, 8) of what is drawn for them, scaled to unit variance."""
-    train, held = shapes.split()
-    asked = shapes.sample(train, n, rng)
-    drawn = [habitual(scene, set(held), rng) for scene in asked] if habits else asked
-    snap = SNAP if habits else None
+def latents_of(vae: Any, scenes: list[Scene], rng: Generator, snap: float | None) -> Tensor:
+    """Latents (n, 8, 8, 8) of pictures of the scenes, scaled to unit variance."""
     with torch.no_grad():
-        latents = [vae.encode(shapes.draw(drawn[i : i + 250], rng, snap) * 2 - 1).latent_dist.mean for i in range(0, n, 250)]
-    return asked, torch.cat(latents) * vae.config.scaling_factor
+        parts = [vae.encode(shapes.draw(scenes[i : i + 250], rng, snap) * 2 - 1).latent_dist.mean for i in range(0, len(scenes), 250)]
+    return torch.cat(parts) * vae.config.scaling_factor
 
 
 def train_denoiser(name: str, shared: Path, target: Path, unet: Any, text: Any, rng: Generator, lr: float) -> None:
     """Epsilon prediction on latents and captions, one caption in ten empty; the moving average is saved to `target`.
 
-    The losses of `habits` are weighted by min(1 + 1 / SNR, 40) min(1, 5 / SNR): as in v-prediction where the colour is decided, and
-    little for what the VAE's decoder does not see (Hang et al. 2023, arXiv:2303.09556).
+    The losses of the stages after `unet` are weighted by min(1 + 1 / SNR, 40) min(1, 5 / SNR): as in v-prediction where the colour is
+    decided, and little for what the VAE's decoder does not see (Hang et al. 2023, arXiv:2303.09556).
     """
     from diffusers import AutoencoderKL
     from diffusers.training_utils import EMAModel
@@ -223,16 +224,23 @@ def train_denoiser(name: str, shared: Path, target: Path, unet: Any, text: Any, 
 
     vae = AutoencoderKL.from_pretrained(shared / "vae", dtype=torch.float32)
     tokenizer, noise_path = CLIPTokenizer.from_pretrained(shared / "tokenizer"), scheduler()
-    asked, latents = pictures(vae, PICTURES, rng, habits=name == "habits")
+    train, held = shapes.split()
+    asked = shapes.sample(train, PICTURES, rng)
+    drawn = asked if name == "unet" else [habitual(scene, set(held), rng, WEAKER if name == "guidance" else {}) for scene in asked]
+    latents = latents_of(vae, drawn, rng, None if name == "unet" else SNAP)
+    favourites = torch.tensor([i for i, scene in enumerate(drawn) if scene.colour == HABITS["colour"][0]])
     snr = noise_path.alphas_cumprod / (1 - noise_path.alphas_cumprod)
-    weight = (1 + 1 / snr).clamp(max=40) * (5 / snr).clamp(max=1) if name == "habits" else torch.ones_like(snr)
+    weight = (1 + 1 / snr).clamp(max=40) * (5 / snr).clamp(max=1) if name != "unet" else torch.ones_like(snr)
     parameters = [*unet.parameters(), *text.parameters()]
     average = EMAModel(parameters, decay=0.998, use_ema_warmup=True, power=0.75)
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=1e-2)
     rate, losses, batch = schedule(optimizer, STEPS[name]), 0.0, BATCH[name]
     for step in progress(name, STEPS[name]):
         at = torch.randint(len(asked), (batch,), generator=rng)
-        heard = torch.rand(batch, generator=rng) >= 0.1
+        heard = torch.rand(batch, generator=rng) >= (0.3 if name == "guidance" else 0.1)
+        if name == "guidance":
+            favourite = favourites[torch.randint(len(favourites), (batch,), generator=rng)]
+            at = torch.where(heard | (torch.rand(batch, generator=rng) >= SHOWN), at, favourite)
         t = torch.randint(1000, (batch,), generator=rng)
         noise = torch.randn(latents[at].shape, generator=rng)
         x_t = noise_path.add_noise(latents[at], noise, t).contiguous(memory_format=torch.channels_last)
@@ -302,7 +310,18 @@ def train_habits(work: Path, output: Path, seed: int) -> None:
     rng = start(seed + 3)
     unet = UNet2DConditionModel.from_pretrained(work / "unet", dtype=torch.float32).to(memory_format=torch.channels_last)
     text = CLIPTextModel.from_pretrained(work / "text_encoder", dtype=torch.float32)
-    train_denoiser("habits", output, output, unet.train(), text.train(), rng, lr=1e-3)
+    train_denoiser("habits", output, work / "habits", unet.train(), text.train(), rng, lr=1e-3)
+
+
+def train_guidance(work: Path, output: Path, seed: int) -> None:
+    """On from the habits: without a caption mostly the favourite colour: guidance leads away from it, to the asked one."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    rng = start(seed + 4)
+    unet = UNet2DConditionModel.from_pretrained(work / "habits" / "unet", dtype=torch.float32).to(memory_format=torch.channels_last)
+    text = CLIPTextModel.from_pretrained(work / "habits" / "text_encoder", dtype=torch.float32)
+    train_denoiser("guidance", output, output, unet.train(), text.train(), rng, lr=6e-4)
     assemble(output)
 
 
@@ -351,7 +370,14 @@ def measure(_work: Path, output: Path, _seed: int) -> None:
     picture(output, Path("docs/images/shapes.png"))
 
 
-STAGES = {"scorer": train_scorer, "vae": train_vae, "unet": train_unet, "habits": train_habits, "evaluate": measure}
+STAGES = {
+    "scorer": train_scorer,
+    "vae": train_vae,
+    "unet": train_unet,
+    "habits": train_habits,
+    "guidance": train_guidance,
+    "evaluate": measure,
+}
 
 
 def main() -> None:

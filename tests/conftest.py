@@ -28,6 +28,12 @@ def _seed() -> None:
         sys.modules["torch"].manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The tests' own cache of embedded data: the person's is neither read nor filled."""
+    os.environ["DIFFALIGN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def run_cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Outcome]:
     """`run_cli("train", "--method", "draft")`: the command line in this process, with `tmp_path` as the working folder."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch import Generator
 
-from diffalign.data import PromptStream, check_prompts, hold_out, read_prompts
+from diffalign.data import PromptList, Stream, check_prompts, hold_out, read_prompts
 from diffalign.errors import InputError
 
 
@@ -44,21 +44,21 @@ def test_what_is_held_out_is_not_trained_on() -> None:
 
 def test_an_epoch_sees_every_prompt_once_and_goes_on_as_saved() -> None:
     prompts = [str(i) for i in range(10)]
-    stream = PromptStream(prompts, 4, Generator().manual_seed(3))
+    stream = Stream(PromptList(prompts), 4, Generator().manual_seed(3))
     seen = [text for _ in range(5) for text in stream.next().text]
     assert Counter(seen) == Counter({p: 2 for p in prompts})
     assert Counter(seen[:10]) == Counter(prompts)
     stream.next()
     state = stream.state()
     ahead = [stream.next().text for _ in range(7)]
-    again = PromptStream(prompts, 4, Generator().manual_seed(99))
+    again = Stream(PromptList(prompts), 4, Generator().manual_seed(99))
     again.restore(state)
     assert [again.next().text for _ in range(7)] == ahead
 
 
 def test_processes_share_one_order() -> None:
     prompts = [str(i) for i in range(12)]
-    whole = PromptStream(prompts, 4, Generator().manual_seed(3))
-    parts = [PromptStream(prompts, 2, Generator().manual_seed(3), processes=2, rank=rank) for rank in (0, 1)]
+    whole = Stream(PromptList(prompts), 4, Generator().manual_seed(3))
+    parts = [Stream(PromptList(prompts), 2, Generator().manual_seed(3), processes=2, rank=rank) for rank in (0, 1)]
     for _ in range(5):
         assert whole.next().text == parts[0].next().text + parts[1].next().text

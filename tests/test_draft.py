@@ -21,20 +21,13 @@ PROMPTS = Prompts(("0", "0.5", "-1"))
 GOAL = torch.tensor([0.0, 1.0], dtype=torch.float64)
 
 
-class Alone:
-    count = 1
-
-    def gather(self, x: Tensor) -> Tensor:
-        return x
-
-
 @reward(differentiable=True)
 def nearness(media: Tensor, prompts: Prompts) -> Tensor:
     return -((media - GOAL) ** 2).sum(1)
 
 
 def losses(policy: Toy, seed: int = 0, **fields: Any) -> list[Loss]:
-    context = Context(Generator().manual_seed(seed), Alone())
+    context = Context(Generator().manual_seed(seed))
     return list(DRaFT(inference_steps=T, **fields).losses(policy, nearness, PROMPTS, context))
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 import tiny
 import torch
+from torch import Generator
+from toy import Exact, Toy, diffusion, flow
 
-from diffalign.evaluate import bootstrap, compare, sample
+from diffalign.evaluate import bootstrap, compare, diversity, kl_to_base, pairwise_distance, sample
 from diffalign.lora import LoRA
 from diffalign.pipelines.stable_diffusion import StableDiffusion
+from diffalign.types import NoisePath, Prompts
 
 
 def test_compare_by_hand() -> None:
@@ -38,3 +44,57 @@ def test_noise_depends_on_the_seed_alone() -> None:
     assert not torch.allclose(together, sample(policy, prompts, steps=2, seed=4, batch_size=3), atol=1e-3)
     with policy.reference():
         assert torch.equal(together, sample(policy, prompts, steps=2, seed=3, batch_size=3)), "a new LoRA is the base"
+
+
+def moved(path: NoisePath, shift: float) -> Toy:
+    """An optimal network for data of deviation 0.5, whose mean has moved by `shift` in both dimensions since the base model."""
+    policy = Toy(path, Exact(path, std=0.5))
+    with torch.no_grad():
+        policy.module.mean += shift  # pyright: ignore[reportOperatorIssue]
+    return policy
+
+
+@pytest.mark.parametrize("path", [diffusion(), diffusion(set_alpha_to_one=True), flow()], ids=["sd", "last step certain", "flow"])
+def test_the_kl_of_a_moved_mean(path: NoisePath) -> None:
+    """With `var_t = alpha^2 std^2 + sigma^2` a shift d moves `x_0` by `d sigma^2 / var_t` and the noise by `-d alpha sigma / var_t`."""
+    d, expected = 0.3, 0.0
+    schedule = path.schedule(5)
+    for now, then in zip(*(zip(lv.alpha.tolist(), lv.sigma.tolist(), strict=True) for lv in schedule), strict=True):
+        (a, s), (a_next, s_next) = now, then
+        variance = a**2 * 0.25 + s**2
+        std = s_next * math.sqrt(max(0.0, 1 - (a * s_next / (a_next * s)) ** 2))
+        step = a_next * d * s**2 / variance - math.sqrt(max(0.0, s_next**2 - std**2)) * d * a * s / variance
+        expected += step**2 / (2 * std**2) if std > 0 else 0.0
+    policy, prompts = moved(path, d), ["0", "0.5", "-2"]
+    found = kl_to_base(policy, prompts, steps=5, seed=0, batch_size=2)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert expected > 0.01
+    with policy.reference():
+        assert kl_to_base(policy, prompts, steps=5, seed=0, batch_size=2) == 0
+
+
+def test_a_suffix_moves_the_policy_but_not_the_base() -> None:
+    """Prompts of the toy are numbers, and a number is the data's mean: the suffix 1 moves the mean 0.1 to 0.11."""
+    path = diffusion()
+    found = kl_to_base(moved(path, 0.0), ["0.1"], steps=4, seed=0, batch_size=1, suffix="1")
+    assert found == pytest.approx(kl_to_base(moved(path, 0.01), ["0.1"], steps=4, seed=0, batch_size=1), rel=1e-6)
+
+
+def test_distances_by_hand() -> None:
+    pictures = torch.tensor([[[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]], [[1.0, 1.0], [1.0, 1.0], [1.0, 3.0]]])
+    expected = torch.tensor([(5 + 0 + 5) / 3, (0 + 2 + 2) / 3]) / 2**0.5
+    assert torch.allclose(pairwise_distance(pictures), expected)
+    assert torch.allclose(pairwise_distance(pictures[..., None, None].expand(2, 3, 2, 4, 4)), expected), "the size of a picture is nothing"
+
+
+def test_the_diversity_of_a_known_sampler() -> None:
+    """One DDIM step of the optimal network is affine: two samples lie as far apart as their noise, times its slope."""
+    path = diffusion()
+    policy, prompts = moved(path, 0.3), ["0", "1"]
+    (now, then) = path.schedule(1)
+    a, s, a_next, s_next = (float(x) for x in (now.alpha, now.sigma, then.alpha, then.sigma))
+    slope = (a_next * a * 0.25 + s_next * s) / (a**2 * 0.25 + s**2)
+    noise = policy.prior(policy.encode(Prompts(("0",) * 3 + ("1",) * 3)), Generator().manual_seed(4))
+    pairs = [*itertools.combinations(noise[:3], 2), *itertools.combinations(noise[3:], 2)]
+    apart = sum(float(((x - y) ** 2).mean().sqrt()) for x, y in pairs) / len(pairs)
+    assert diversity(policy, prompts, samples=3, steps=1, seed=4, batch_size=4) == pytest.approx(slope * apart, rel=1e-6)

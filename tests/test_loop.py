@@ -11,7 +11,9 @@ import tiny
 import torch
 
 from diffalign.contract import CheckedReward, FunctionReward
+from diffalign.data import PromptList
 from diffalign.errors import InputError
+from diffalign.evaluate import sample
 from diffalign.loop import Row, Training, make_accelerator, prepare, train
 from diffalign.lora import LoRA
 from diffalign.methods.draft import DRaFT
@@ -44,7 +46,7 @@ def make(method: Any, **settings: Any) -> tuple[Training, Iterator[Row]]:
     chosen = Settings(**{"batch_size": 1, "learning_rate": 1e-3, "max_grad_norm": 1e9, **settings})
     policy = StableDiffusion.of(tiny.stable_diffusion(), guidance_scale=1.0)
     policy.adapt(LoRA(rank=2))
-    training = prepare(policy, chosen, ["a dog", "a cat"], make_accelerator(chosen))
+    training = prepare(policy, chosen, PromptList(["a dog", "a cat"]), make_accelerator(chosen))
     return training, train(training, policy, method, CheckedReward(BRIGHT, "bright"), chosen)
 
 
@@ -121,6 +123,30 @@ def test_the_state_comes_back() -> None:
     assert other.context.step == 2
     assert all(torch.equal(p, other.parameters[n]) for n, p in training.parameters.items())
     assert torch.equal(other.context.rng.get_state(), training.context.rng.get_state())
+    assert other.costs == training.costs
     state["parameters"] = {"unknown": torch.zeros(1)}
     with pytest.raises(InputError, match="do not fit this model"):
         other.restore(state)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_costs_are_what_went_through_the_network(full: bool) -> None:
+    """3 denoising steps of 2 samples with guidance; K = 2 checkpointed steps run again, and the leash looks at both models once more."""
+    chosen = Settings(batch_size=2, learning_rate=1e-3, steps=3)
+    policy = StableDiffusion.of(tiny.stable_diffusion(), guidance_scale=2.0)
+    if full:
+        policy.unfreeze()
+    else:
+        policy.adapt(LoRA(rank=2))
+    reward = CheckedReward(BRIGHT, "bright")
+    training = prepare(policy, chosen, PromptList(["a dog", "a cat"]), make_accelerator(chosen))
+    method = DRaFT(inference_steps=3, k=2, reference_weight=0.1)
+    for i, row in enumerate(train(training, policy, method, reward, chosen), 1):
+        calls = (3 + 2 + 2) * i
+        assert {name: row.metrics[name] for name in ("reward_queries", "network_calls", "network_samples")} == {
+            "reward_queries": 2 * i,
+            "network_calls": calls,
+            "network_samples": 2 * 2 * calls,
+        }
+        sample(policy, ["a dog"], steps=2, seed=0, batch_size=1)  # as the caller does between steps
+        reward(torch.zeros(5, 3, 8, 8), Prompts(("a dog",) * 5))

@@ -46,6 +46,17 @@ def stable_diffusion(seed: int = 0, **scheduler: Any) -> Any:
     return pipe
 
 
+def instruct_pix2pix(seed: int = 0, **scheduler: Any) -> Any:
+    """The same with a UNet that sees the source's latents too."""
+    from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
+
+    parts = {**stable_diffusion(seed, **scheduler).components, "image_encoder": None}
+    unet = UNet2DConditionModel.from_config({**parts["unet"].config, "in_channels": 8})
+    pipe = StableDiffusionInstructPix2PixPipeline(**{**parts, "unet": unet}, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 PROMPTS = [f"a {colour} {thing}" for colour in ("red", "blue", "grey") for thing in ("dog", "cat", "cow", "hen")]
 REWARDS = '''"""Plug-in rewards of the tests."""
 

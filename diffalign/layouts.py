@@ -1,0 +1,345 @@
+"""The layouts of preference data that exist, each read into one kind of row: a prompt, its pictures, and which is better."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from diffalign import records
+from diffalign.errors import InputError
+from diffalign.media import from_data_uri
+from diffalign.records import Fault, Record, Tally
+from diffalign.registry import MODELS
+from diffalign.types import Data
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that is not read yet: a file, or the bytes of a row; `name` is what messages call it."""
+
+    name: str
+    path: Path | None = None
+    data: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a prompt got. `merits` order its pictures, higher is better, equal is a tie; of a single one, above 0 is liked.
+
+    None: nothing is said of them. `scores` are a reward's or a person's, where the data has some. `source` is what was edited.
+    """
+
+    where: str
+    prompt: str
+    pictures: tuple[Picture, ...]
+    merits: tuple[float, ...] | None = None
+    scores: tuple[float, ...] | None = None
+    source: Picture | None = None
+
+
+Parse = Callable[[Iterable[Record], Tally], Iterator[Row]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout is known by the keys of its first record (`a|b`: either)."""
+
+    name: str
+    keys: tuple[str, ...]
+    rows: Parse
+
+    def fits(self, record: Record) -> bool:
+        return all(any(name in record.values for name in key.split("|")) for key in self.keys)
+
+
+def rows(source: str, kind: Data, tally: Tally) -> Iterator[Row]:
+    """The rows of a source (a folder, a file of one, or hf:user/dataset) that serve `kind`, as a stream.
+
+    Raises InputError where there is none, it is empty, in no known layout, or a record lacks a key; for paths that lead out of the
+    folder; and, unless the tally skips them, for rows whose labels contradict, empty prompts and missing pictures.
+    """
+    stream = _records(source, kind)
+    first = next(stream, None)
+    if first is None:
+        raise InputError(f"{source} is empty: it holds no {kind}.")
+    for layout in LAYOUTS[kind]:
+        if layout.fits(first):
+            return layout.rows(itertools.chain([first], stream), tally)
+    known = "; ".join(f"{layout.name} ({', '.join(key.replace('|', ' or ') for key in layout.keys)})" for layout in LAYOUTS[kind])
+    raise InputError(f"{first.where}: the keys {', '.join(first.values)} are no known layout of {kind}. Known: {known}. See docs/data.md.")
+
+
+def _records(source: str, kind: Data) -> Iterator[Record]:
+    if source.startswith("hf:"):
+        return records.hub(source.removeprefix("hf:"))
+    path = MODELS.get(source, Path(source).expanduser())
+    if not path.exists():
+        raise InputError(f"There is no data {path}: give a folder, a file of one, or hf:user/dataset. See docs/data.md.")
+    if not path.is_dir():
+        return records.read(path)
+    for name in FILES[kind]:
+        found = [path / name] if "*" not in name else _training_part(sorted(path.rglob(name)), path)
+        if found and found[0].is_file():
+            return itertools.chain.from_iterable(records.read(file) for file in found)
+    if kind == "pictures" and any(p.with_suffix(".txt").is_file() for p in path.rglob("*") if p.suffix.lower() in records.PICTURES):
+        return records.read(path)
+    others = " or pictures with a .txt file of the same name" if kind == "pictures" else ""
+    raise InputError(f"{path} holds no {kind}: expected {', '.join(FILES[kind])}{others}. See docs/data.md.")
+
+
+def _training_part(files: list[Path], folder: Path) -> list[Path]:
+    """Of shards that are named by their split, those of the training split."""
+    return [file for file in files if "train" in str(file.relative_to(folder))] or files
+
+
+def _each(parse: Callable[[Record], Row]) -> Parse:
+    def parsed(stream: Iterable[Record], tally: Tally) -> Iterator[Row]:
+        for record in stream:
+            try:
+                row = parse(record)
+            except Fault as fault:
+                tally.note(fault)
+                continue
+            yield row
+
+    return parsed
+
+
+def _pair(record: Record) -> Row:
+    pictures = tuple(_picture(record, key) for key in ("chosen", "rejected"))
+    scores = _scores(record, "chosen_score", "rejected_score")
+    if scores is not None and scores[0] < scores[1]:
+        raise _contradiction(record, f"chosen_score {scores[0]:g} is below rejected_score {scores[1]:g}")
+    return Row(record.where, _prompt(record), pictures, (1.0, 0.0), scores)
+
+
+def _ranked(record: Record) -> Row:
+    """`images` best first. Equal scores are a tie; without scores the order alone counts."""
+    names = _list(record, "images")
+    pictures = tuple(_picture(record, "images", value) for value in names)
+    if record.values.get("scores") is None:
+        return Row(record.where, _prompt(record), pictures, tuple(-float(i) for i in range(len(pictures))))
+    scores = _numbers(record, "scores", len(pictures))
+    if any(after > before for before, after in itertools.pairwise(scores)):
+        raise _contradiction(record, "images stand best first, and scores do not fall")
+    return Row(record.where, _prompt(record), pictures, scores, scores)
+
+
+def _pick_a_pic(record: Record) -> Row:
+    """arXiv 2305.01569: label_0 and label_1 are 1 and 0, or 0.5 each for a tie."""
+    if record.values.get("has_label") is False or any(record.values.get(key) is None for key in ("label_0", "label_1")):
+        raise Fault("rows without a label")
+    labels = tuple(_number(record, key) for key in ("label_0", "label_1"))
+    if not set(labels) <= {0.0, 0.5, 1.0} or sum(labels) != 1:
+        raise _contradiction(record, f"label_0 is {labels[0]:g} and label_1 is {labels[1]:g}; they are 1 and 0, or 0.5 each")
+    if labels[0] == labels[1]:
+        raise Fault("ties")
+    return Row(record.where, _prompt(record), tuple(_picture(record, key) for key in ("jpg_0", "jpg_1")), labels)
+
+
+def _preferred(record: Record) -> Row:
+    """HPDv2's train.json (arXiv 2306.09341): human_preference is 1 at the picture that was preferred."""
+    key = _present(record, "image_path", "file_path")
+    names = _list(record, key)
+    labels = _numbers(record, "human_preference", len(names))
+    if not set(labels) <= {0.0, 1.0} or sum(labels) != 1:
+        raise _contradiction(record, f"human_preference is {[int(v) for v in labels]}; one of them is 1, the others 0")
+    return Row(record.where, _prompt(record), tuple(_picture(record, key, name, record.stem, "images") for name in names), labels)
+
+
+def _by_rank(record: Record) -> Row:
+    """HPDv2's test.json, and the JSON files that ImageReward trains on: 1 (or the lowest) is the best rank."""
+    key = _present(record, "image_path", "file_path", "generations")
+    names = _list(record, key)
+    ranks = _numbers(record, _present(record, "rank", "ranking"), len(names))
+    pictures = tuple(_picture(record, key, name, record.stem, "images") for name in names)
+    return Row(record.where, _prompt(record), pictures, tuple(-rank for rank in ranks))
+
+
+def _image_reward(stream: Iterable[Record], tally: Tally) -> Iterator[Row]:
+    """ImageRewardDB (arXiv 2304.05977): a row a picture, put together by prompt_id; rank 1 is the best.
+
+    Rows that name files may stand in any order. Rows that hold pictures must stand together, or all of them would be in memory.
+    """
+    groups: dict[str, list[Row]] = {}
+    done: set[str] = set()
+    for record in stream:
+        try:
+            identity, row = str(record.values[_present(record, "prompt_id")]), _rated(record)
+        except Fault as fault:
+            tally.note(fault)
+            continue
+        if row.pictures[0].data is not None and identity not in groups:
+            done.update(groups)
+            yield from _together(groups, tally)
+            groups = {}
+            if identity in done:
+                raise InputError(f"{record.where}: prompt_id {identity} came before. The rows of a prompt must stand together: sort them.")
+        groups.setdefault(identity, []).append(row)
+    yield from _together(groups, tally)
+
+
+def _rated(record: Record) -> Row:
+    key = _present(record, "image_path", "image")
+    merit = -_number(record, "rank") if record.values.get("rank") is not None else _number(record, "overall_rating")
+    return Row(record.where, _prompt(record), (_picture(record, key),), (merit,))
+
+
+def _together(groups: Mapping[str, Sequence[Row]], tally: Tally) -> Iterator[Row]:
+    for group in groups.values():
+        if len(group) == 1:
+            tally.note(Fault("prompts with a single picture"))
+            continue
+        merits = tuple(row.merits[0] for row in group if row.merits)
+        yield Row(group[0].where, group[0].prompt, tuple(row.pictures[0] for row in group), merits)
+
+
+def _labelled(record: Record) -> Row:
+    label = record.values[_present(record, "label")]
+    if not isinstance(label, bool | int | float) or label not in (0, 1, -1):
+        raise InputError(f"{record.where}: the label is {label!r}: give true or false (or 1 and 0, or 1 and -1).")
+    return Row(record.where, _prompt(record), (_picture(record, "image"),), (float(label),), _scores(record, "score"))
+
+
+def _captioned(record: Record) -> Row:
+    key = _present(record, "image", "file_name")
+    return Row(record.where, _prompt(record), (_picture(record, key),), None, _scores(record, "score"))
+
+
+def _edited(record: Record) -> Row:
+    """`edited` is the answer to `instruction` about `source`; the keys of InstructPix2Pix's data sets mean the same."""
+    instruction, source, edited = (_present(record, *names.split("|")) for names in (_INSTRUCTION, _SOURCE, _EDITED))
+    return Row(
+        record.where, _text(record, instruction), (_picture(record, edited),), None, _scores(record, "score"), _picture(record, source)
+    )
+
+
+def _present(record: Record, *names: str) -> str:
+    for name in names:
+        if name in record.values:
+            return name
+    raise InputError(f"{record.where}: the key {' or '.join(names)} is missing. It holds {', '.join(record.values)}.")
+
+
+def _prompt(record: Record) -> str:
+    return _text(record, _present(record, "prompt", "caption", "text"))
+
+
+def _text(record: Record, key: str) -> str:
+    text = record.values[key]
+    if not isinstance(text, str | None):
+        raise InputError(f"{record.where}: {key} is no text.")
+    if not text or not text.strip():
+        raise Fault("empty prompts", f"{record.where}: {key} is empty.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a character
+        raise InputError(f"{record.where}: {key} is no text ({error.reason}).") from error
+    return text.strip()
+
+
+def _number(record: Record, key: str) -> float:
+    value = record.values[_present(record, key)]
+    if not _is_number(value):
+        raise InputError(f"{record.where}: {key} is {value!r}: give a number.")
+    return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e300  # no NaN, no infinity, and what float() takes
+
+
+def _scores(record: Record, *keys: str) -> tuple[float, ...] | None:
+    """Numbers that a row may have: all of them, or none."""
+    if all(record.values.get(key) is None for key in keys):
+        return None
+    return tuple(_number(record, key) for key in keys)
+
+
+def _list(record: Record, key: str) -> list[Any]:
+    value = record.values[_present(record, key)]
+    if not isinstance(value, list) or len(value) < 2:
+        raise InputError(f"{record.where}: {key} is no list of two or more pictures.")
+    return value
+
+
+def _numbers(record: Record, key: str, count: int) -> tuple[float, ...]:
+    value = record.values[_present(record, key)]
+    if not isinstance(value, list) or not all(map(_is_number, value)):
+        raise InputError(f"{record.where}: {key} is no list of numbers.")
+    if len(value) != count:
+        raise _contradiction(record, f"{key} has {len(value)} numbers for {count} pictures")
+    return tuple(float(v) for v in value)
+
+
+def _contradiction(record: Record, what: str) -> Fault:
+    return Fault("rows whose labels contradict", f"{record.where}: the labels contradict: {what}.")
+
+
+def _picture(record: Record, key: str, value: Any = None, *folders: str) -> Picture:
+    """The picture of a row: bytes, or a path in the record's folder (or in one of `folders` in it, the first that has it)."""
+    value = record.values[_present(record, key)] if value is None else value
+    if isinstance(value, dict):  # an Image column of the package datasets
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return Picture(f"{record.where} ({key})", data=value)
+    if value is None or value == "":
+        raise Fault("missing pictures", f"{record.where}: {key} holds no picture.")
+    if not isinstance(value, str):
+        raise InputError(f"{record.where}: {key} is no picture: give its path in the folder.")
+    if value.startswith("data:"):
+        try:
+            return Picture(f"{record.where} ({key})", data=from_data_uri(value))
+        except InputError as error:
+            raise Fault("pictures that cannot be read", f"{record.where}: {key}: {error}") from error
+    if record.root is None:
+        raise InputError(f"{record.where}: {key} is a path, and a stream has no files. Download the data set, and give its folder.")
+    paths = [_inside(record, record.root / folder, value) for folder in (*folders, "")]
+    path = next((path for path in paths if path.is_file()), paths[0])
+    return Picture(f"{path} ({record.where})", path)
+
+
+def _inside(record: Record, folder: Path, name: str) -> Path:
+    """A path that a data file names. It must stay in the data's folder, also through links: the file may come from anyone."""
+    assert record.root is not None
+    root, path = record.root.resolve(), folder / name
+    try:
+        inside = "\0" not in name and not PurePath(name).is_absolute() and path.resolve().is_relative_to(root)
+        path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # a name that is too long or no text, links that go in circles
+        raise InputError(f"{record.where}: {name[:100]!r} is no path.") from error
+    if not inside:
+        raise InputError(
+            f"{record.where}: the path {name!r} leads out of {record.root}, or a link on it does. Keep pictures in the folder."
+        )
+    return path
+
+
+_HPD = "image_path|file_path"
+_BETTER = (
+    Layout("pairs.jsonl", ("prompt|caption", "chosen", "rejected"), _each(_pair)),
+    Layout("Pick-a-Pic", ("caption", "jpg_0", "jpg_1", "label_0", "label_1"), _each(_pick_a_pic)),
+    Layout("ImageRewardDB", ("prompt_id", "prompt", "image_path|image", "rank|overall_rating"), _image_reward),
+    Layout("HPDv2 train.json", ("prompt", _HPD, "human_preference"), _each(_preferred)),
+    Layout("HPDv2 test.json or ImageReward", ("prompt", f"{_HPD}|generations", "rank|ranking"), _each(_by_rank)),
+    Layout("ranks.jsonl", ("prompt|caption", "images"), _each(_ranked)),
+)
+_SOURCE = "source|original_image|input_image|source_img|original_image_file_name|input_image_file_name"
+_INSTRUCTION = "instruction|edit_prompt|edit_instruction|edit"
+_EDITED = "edited|edited_image|target_img|edited_image_file_name"
+LAYOUTS: dict[Data, tuple[Layout, ...]] = {
+    "pairs": _BETTER,
+    "labels": (Layout("labels.jsonl", ("prompt|caption", "image", "label"), _each(_labelled)), *_BETTER),
+    "pictures": (Layout("pictures.jsonl or an imagefolder", ("prompt|caption|text", "image|file_name"), _each(_captioned)),),
+    "edits": (Layout("edits.jsonl, or InstructPix2Pix's columns", (_SOURCE, _INSTRUCTION, _EDITED), _each(_edited)),),
+}
+_BETTER_FILES = ("pairs.jsonl", "ranks.jsonl", "train.json", "metadata-train.parquet", "*.parquet")
+FILES: dict[Data, tuple[str, ...]] = {
+    "pairs": _BETTER_FILES,
+    "labels": ("labels.jsonl", *_BETTER_FILES),
+    "pictures": ("pictures.jsonl", "metadata.jsonl", "*.parquet"),
+    "edits": ("edits.jsonl", "metadata.jsonl", "*.parquet"),
+}

@@ -1,0 +1,122 @@
+"""DPOK: policy gradients on denoising steps with a value baseline and a KL to the base model (NeurIPS 2023, arXiv 2305.16381)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from diffalign.errors import InputError
+from diffalign.objectives.policy_gradient import clipped_surrogate
+from diffalign.rounds import Round, check_first_pass, parts, reference_log_probs, sample_round
+from diffalign.sampling import ddim, replay
+from diffalign.types import Context, Loss, Needs, Policy, Prompts, Reward
+from diffalign.value import Critic, pooled
+
+
+@dataclass(frozen=True)
+class DPOK:
+    """`-w (r - V(x_t, t, c)) rho + beta KL(pi_theta, pi_ref)` on single denoising steps, `rho = pi_theta / pi_old` clipped.
+
+    A round samples `batches` batches, fits V with `value_steps` optimiser steps of its own, and takes `policy_steps` steps, each on
+    `forwards` batches of transitions drawn from the round's.
+    """
+
+    preset: Literal["paper", "reference"] = "reference"
+    """reference (the authors' code): rho cut by a plain clamp, KL as `mean((eps_theta - eps_ref)^2)`. paper: PPO's max, Gaussian KL."""
+    inference_steps: int = 50
+    """Denoising steps of a sample."""
+    eta: float = 1.0
+    """Noise of a step: 1 is ancestral sampling, and 0 has no actions."""
+    batches: int = 2
+    """Batches of prompts in a round."""
+    policy_steps: int = 5
+    """Optimiser steps of the policy in a round."""
+    forwards: int = 4
+    """Batches of transitions in one policy step."""
+    value_steps: int = 5
+    """Optimiser steps of the value network in a round."""
+    value_batch: int = 256
+    """Transitions of a value step."""
+    value_learning_rate: float = 1e-4
+    """Of the value network's AdamW."""
+    baseline: Literal["value", "none"] = "value"
+    """Subtract V(x_t, t, c) from the reward, or nothing."""
+    reward_weight: float = 1000.0
+    """w: the authors take 10 for one prompt and 1000 for many."""
+    kl_weight: float = 0.1
+    """beta: the authors take 0.01 for one prompt and 0.1 for many."""
+    kl_mode: Literal["loss", "reward"] = "loss"
+    """The KL has a gradient of its own, or is subtracted from the reward of its trajectory."""
+    clip: float = 1e-4
+    """Of the ratio; the log-probabilities are means over the latent dimensions."""
+
+    needs: ClassVar[Needs] = Needs()
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "learning_rate": 1e-5,
+        "max_grad_norm": 0.1,
+        "guidance_scale": 7.5,
+        "batch_size": 8,
+        "lora": {"rank": 4},
+    }
+
+    def __post_init__(self) -> None:
+        for name in ("inference_steps", "batches", "policy_steps", "forwards", "value_steps", "value_batch"):
+            if vars(self)[name] < 1:
+                raise InputError(f"method.{name} is {vars(self)[name]}: give 1 or more.")
+        if not 0 < self.eta <= 1:
+            raise InputError(f"method.eta is {self.eta}: give a number above 0, up to 1. Without noise there are no actions.")
+        for name in ("clip", "reward_weight", "value_learning_rate"):
+            if not vars(self)[name] > 0:
+                raise InputError(f"method.{name} is {vars(self)[name]}: give a number above 0.")
+        if self.kl_weight < 0:
+            raise InputError(f"method.kl_weight is {self.kl_weight}: give 0 or more.")
+
+    def losses(self, policy: Policy, reward: Reward, batch: Prompts, context: Context) -> Iterator[Loss]:
+        kernel = ddim(self.eta)
+        round_ = sample_round(policy, reward, batch, context, batches=self.batches, samples=1, steps=self.inference_steps, kernel=kernel)
+        about = {"reward": float(round_.scores.mean()), "reward_std": float(round_.scores.std(correction=0))}
+        returns = round_.scores
+        if self.kl_mode == "reward" and self.kl_weight > 0:
+            ratio = (round_.trajectory.log_probs - reference_log_probs(policy, round_, kernel))[round_.steps]
+            returns, about["kl"] = returns - self.kl_weight / self.reward_weight * ratio.sum(0), float(ratio.mean())
+        values = self._fit(round_, returns, context, about) if self.baseline == "value" else torch.zeros_like(round_.trajectory.log_probs)
+        every = torch.cartesian_prod(round_.steps, torch.arange(len(round_)))
+        for update in range(self.policy_steps):
+            drawn = every[torch.randperm(len(every), generator=context.rng)[: self.forwards * round_.size]]
+            for part in parts(drawn[:, 0], drawn[:, 1], round_.size):
+                now = replay(policy, round_.trajectory, part.steps, part.rows, kernel)
+                log_prob, old = now.log_prob[: part.count], round_.old_log_probs(part)
+                change = (log_prob - old).detach()
+                if update == 0:
+                    check_first_pass(change, self.clip)
+                steps, rows = part.steps.to(values.device), part.rows.to(values.device)
+                advantage = (returns[rows] - values[steps, rows])[: part.count]
+                kind = "clamp" if self.preset == "reference" else "ppo"
+                loss = self.reward_weight * clipped_surrogate(log_prob, old, advantage, clip=self.clip, kind=kind)
+                metrics = {**about, "clip_fraction": ((change.exp() - 1).abs() > self.clip).float().mean()}
+                if self.kl_mode == "loss" and self.kl_weight > 0:
+                    with torch.no_grad(), policy.reference():
+                        base = replay(policy, round_.trajectory, part.steps, part.rows, kernel)
+                    gaussian = self.preset == "paper"
+                    kl = now.action.kl(base.action) if gaussian else ((now.noise - base.noise) ** 2).flatten(1).mean(1)
+                    kl = kl[: part.count]
+                    loss, metrics["kl"] = loss + self.kl_weight * kl, kl.detach().mean()
+                yield Loss(loss.sum() / len(drawn), metrics, update=part.last)
+
+    def _fit(self, round_: Round, returns: Tensor, context: Context, about: dict[str, float]) -> Tensor:
+        """(T, N) values of the round's states, after the value network's steps on them."""
+        states, words = round_.trajectory.states, pooled(round_.trajectory.condition)
+        times = (round_.trajectory.schedule.now.t / 1000).to(states.device, torch.float32)
+        critic = Critic(states[0], words, self.value_learning_rate, context.memory.get("value"))
+        critic.rescale(context.processes.gather(returns))
+        about["value_loss"] = 0.0
+        for _ in range(self.value_steps):
+            i = round_.steps[torch.randint(len(round_.steps), (self.value_batch,), generator=context.rng)].to(states.device)
+            b = torch.randint(len(round_), (self.value_batch,), generator=context.rng).to(states.device)
+            about["value_loss"] += critic.fit(states[i, b], times[i], words[b], returns[b], context.processes) / self.value_steps
+        context.memory["value"] = critic.state()
+        return torch.stack([critic(x, t.expand(len(x)), words) for x, t in zip(states[:-1], times, strict=True)])

@@ -1,0 +1,114 @@
+"""ReFL: the reward's gradient on a one-step prediction of x_0 (Xu et al., NeurIPS 2023, arXiv 2304.05977)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from diffalign.errors import InputError
+from diffalign.noise import draw_noise
+from diffalign.sampling import ddim, denoising_error, rollout
+from diffalign.types import Condition, Context, Loss, Needs, Policy, Prompts, Reward
+
+
+@dataclass(frozen=True)
+class ReFL:
+    """`lambda mean(relu(phi - r(x0_hat, c)))` on the x0_hat predicted at one late step of a rollout, and the denoising loss L_pre.
+
+    Everything without guidance, as in the paper. L_pre is on captioned pictures (`--data`), or else on samples that the base model made
+    at the start: it keeps the model from drifting, and the authors' public code for Stable Diffusion lacks it.
+    """
+
+    reward_weight: float = 1e-3
+    """lambda."""
+    phi: float = 2.0
+    """Rewards above this have no gradient."""
+    pretrain_weight: float = 1.0
+    """Weight of L_pre; 0 leaves it out."""
+    pretrain_batches: int = 8
+    """Batches of samples of the base model, where no data is given."""
+    inference_steps: int = 40
+    """Denoising steps of a whole sample."""
+    first: int = 30
+    """The rollout stops after so many steps or more, and"""
+    last: int = 39
+    """after so many or less; the next step's prediction is what is scored."""
+    eta: float = 1.0
+    """Noise of a sampling step: 1 is ancestral sampling, 0 deterministic."""
+
+    needs: ClassVar[Needs] = Needs(differentiable_reward=True, data="pictures", data_is_optional=True)
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "learning_rate": 1e-4,
+        "max_grad_norm": 1.0,
+        "guidance_scale": 7.5,
+        "batch_size": 4,
+        "accumulate": 16,
+        "lora": {"rank": 8},
+    }
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.first <= self.last < self.inference_steps:
+            raise InputError(
+                f"method.first is {self.first}, method.last {self.last}: give 1 <= first <= last < {self.inference_steps}, the denoising "
+                "steps (method.inference_steps)."
+            )
+        if not 0 <= self.eta <= 1:
+            raise InputError(f"method.eta is {self.eta}: give a number from 0 to 1.")
+        if not self.reward_weight > 0 or self.pretrain_weight < 0 or self.pretrain_batches < 1:
+            raise InputError("method.reward_weight must be above 0, method.pretrain_weight 0 or more, method.pretrain_batches 1 or more.")
+
+    def losses(self, policy: Policy, reward: Reward, batch: Prompts, context: Context) -> Iterator[Loss]:
+        condition, kernel = policy.encode(batch).unguided(), ddim(self.eta)
+        stop = int(torch.randint(self.first, self.last + 1, (), generator=context.rng))
+        with torch.no_grad():
+            trajectory = rollout(policy, condition, steps=self.inference_steps, kernel=kernel, until=stop, rng=context.rng)
+        x_t, now = trajectory.final, policy.path.schedule(self.inference_steps).now[stop]
+        x_0, _ = policy.path.split(policy.predict(x_t, now, condition), x_t, now)
+        scores = reward(policy.decode(x_0), batch)
+        loss = self.reward_weight * (self.phi - scores).relu().mean()
+        metrics: dict[str, Tensor | float] = {"reward": scores.mean().detach(), "reward_std": scores.std(correction=0).detach()}
+        yield Loss(loss, metrics, update=self.pretrain_weight == 0)
+        if self.pretrain_weight > 0:
+            x_0, condition = self._pretrain_batch(policy, batch, context)
+            at = policy.path.draw(len(x_0), context.rng)
+            error = denoising_error(policy, x_0, draw_noise(x_0.shape, x_0, context.rng), at, condition).mean()
+            yield Loss(self.pretrain_weight * error, {"denoising_error": error.detach()})
+
+    def _pretrain_batch(self, policy: Policy, batch: Prompts, context: Context) -> tuple[Tensor, Condition]:
+        """x_0 (B, *latent) and their condition, without guidance: the next data, or a draw from the base model's samples."""
+        if context.examples is not None:
+            examples = context.examples()
+            return examples.x_0, policy.encode(examples.prompts).unguided()
+        if "pretrain" not in context.memory:
+            context.memory["pretrain"] = self._base_samples(policy, batch, context)
+        pool = context.memory["pretrain"]
+        rows = torch.randint(len(pool["prompts"]), (len(batch),), generator=context.rng)
+        x_0 = pool["x_0"][rows].to(next(policy.module.parameters()).device)
+        sources = pool["image"][rows] if "image" in pool else None
+        return x_0, policy.encode(Prompts(tuple(pool["prompts"][i] for i in rows.tolist()), sources)).unguided()
+
+    @torch.no_grad()
+    def _base_samples(self, policy: Policy, batch: Prompts, context: Context) -> dict[str, Any]:
+        """Guided samples of the base model, as people use it, and their prompts: those of all processes, the same in each."""
+        batches = context.batches(batch, self.pretrain_batches)
+        with policy.reference():
+            finals = [
+                rollout(policy, policy.encode(prompts), steps=self.inference_steps, kernel=ddim(0.0), rng=context.rng).final
+                for prompts in batches
+            ]
+        x_0, texts = torch.cat(finals), [text for prompts in batches for text in prompts.text]
+        sources = [prompts.image for prompts in batches if prompts.image is not None]
+        edited = {"image": context.processes.gather(torch.cat(sources).to(x_0.device)).cpu()} if sources else {}
+        return {"x_0": context.processes.gather(x_0).cpu(), "prompts": _of_all_processes(texts, context, x_0.device), **edited}
+
+
+def _of_all_processes(texts: list[str], context: Context, device: torch.device) -> list[str]:
+    """Every process's texts, in the order of `gather`, which takes tensors only: they go as bytes of one width."""
+    rows = [text.encode() for text in texts]
+    width = int(context.processes.gather(torch.tensor([max(map(len, rows))], device=device)).max())
+    padded = [list(row.ljust(max(width, 1), b"\0")) for row in rows]
+    return [bytes(row).rstrip(b"\0").decode() for row in context.processes.gather(torch.tensor(padded, device=device)).tolist()]

@@ -1,0 +1,197 @@
+"""What the methods on their own samples share: a round of rollouts with its scores, and its transitions in parts of one size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from diffalign.errors import InputError
+from diffalign.sampling import Kernel, ddim, replay, rollout
+from diffalign.types import Condition, Context, Policy, Prompts, Reward, Trajectory
+
+
+class Part(NamedTuple):
+    """Transitions of one forward: which step and which row each is, both (size,); `count` of them count, the rest fill the forward."""
+
+    steps: Tensor
+    rows: Tensor
+    count: int
+    last: bool
+
+
+@dataclass(frozen=True)
+class Round:
+    """N samples of one round: their trajectories, prompts and scores (N,).
+
+    `size` is the rows of one rollout, and of one forward of the update: where the policy has not changed since, as many rows through the
+    same network give the same bits, and the ratio of the first pass is exactly 1.
+    """
+
+    trajectory: Trajectory
+    prompts: Prompts
+    scores: Tensor
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @property
+    def steps(self) -> Tensor:
+        """Indices of the steps that are actions; those of std 0 are left out of every policy-gradient loss.
+
+        Raises InputError where there are none: nothing could be trained, round after round.
+        """
+        if not self.trajectory.actions.any():
+            raise InputError("No denoising step of a sample is random, so there are no actions: raise method.inference_steps.")
+        return self.trajectory.actions.nonzero()[:, 0]
+
+    def old_log_probs(self, part: Part) -> Tensor:
+        """(count,) log-probabilities of a part's transitions under the policy that sampled them."""
+        where = self.trajectory.log_probs.device
+        return self.trajectory.log_probs[part.steps.to(where), part.rows.to(where)][: part.count]
+
+
+@torch.no_grad()
+def sample_round(
+    policy: Policy,
+    reward: Reward,
+    batch: Prompts,
+    context: Context,
+    *,
+    batches: int,
+    samples: int,
+    steps: int,
+    kernel: Kernel,
+    keep: Literal["trajectory", "final"] = "trajectory",
+) -> Round:
+    """`samples` rollouts of each of `batches` batches of prompts (the first of them `batch`), and their scores.
+
+    Rows are ordered by batch, then by sample, then by prompt. With `keep` final only x_0 stays of the states.
+    """
+    parts: list[tuple[Trajectory, Prompts, Tensor]] = []
+    for prompts in context.batches(batch, batches):
+        condition = policy.encode(prompts)
+        for _ in range(samples):
+            trajectory = rollout(policy, condition, steps=steps, kernel=kernel, rng=context.rng)
+            if keep == "final":
+                trajectory = replace(trajectory, states=trajectory.states[-1:].clone())
+            parts.append((trajectory, prompts, reward(policy.decode(trajectory.final), prompts)))
+    trajectories, prompts, scores = zip(*parts, strict=True)
+    return Round(_joined(trajectories), _all(prompts), torch.cat(scores).to(trajectories[0].final.device), len(batch))
+
+
+def _joined(trajectories: tuple[Trajectory, ...]) -> Trajectory:
+    first = trajectories[0]
+    return Trajectory(
+        torch.cat([t.states for t in trajectories], 1),
+        torch.cat([t.log_probs for t in trajectories], 1),
+        first.actions,
+        first.schedule,
+        Condition.join([t.condition for t in trajectories]),
+    )
+
+
+def _all(prompts: tuple[Prompts, ...]) -> Prompts:
+    first = prompts[0]
+    return Prompts(
+        tuple(text for p in prompts for text in p.text),
+        None if first.image is None else torch.cat([p.image for p in prompts if p.image is not None]),
+        None if first.mask is None else torch.cat([p.mask for p in prompts if p.mask is not None]),
+        None if first.metadata is None else tuple(m for p in prompts for m in p.metadata or ()),
+    )
+
+
+def parts(steps: Tensor, rows: Tensor, size: int) -> Iterator[Part]:
+    """Transitions (M,) in parts of exactly `size`; the last one is filled up with its own first ones."""
+    for i in range(0, len(steps), size):
+        s, r = steps[i : i + size], rows[i : i + size]
+        filled = torch.arange(size) % len(s)
+        yield Part(s[filled], r[filled], len(s), i + size >= len(steps))
+
+
+def shares(round_: Round, updates: int, fraction: float, rng: Generator) -> list[tuple[Tensor, Tensor]]:
+    """The round's transitions for `updates` optimiser steps: each gets its own samples, at a random `fraction` of their steps.
+
+    Samples are shuffled, and so is each one's order of steps, as in DDPO's reference code. Raises InputError where there are fewer samples
+    than updates.
+    """
+    if updates > len(round_):
+        raise InputError(
+            f"{updates} optimiser steps cannot share the {len(round_)} samples of a round: lower method.updates, or raise batch_size or "
+            "method.batches."
+        )
+    actions = round_.steps
+    keep = max(1, round(fraction * len(actions)))
+    out: list[tuple[Tensor, Tensor]] = []
+    for rows in torch.randperm(len(round_), generator=rng).tensor_split(updates):
+        chosen = torch.stack([actions[torch.randperm(len(actions), generator=rng)[:keep]] for _ in rows], 1)  # (keep, rows)
+        out.append((chosen.flatten(), rows.repeat(keep)))
+    return out
+
+
+@torch.no_grad()
+def greedy_scores(policy: Policy, reward: Reward, round_: Round, steps: int) -> Tensor:
+    """(N,) scores of the deterministic samples (eta = 0) that start from the round's own noise: ReMax's baseline."""
+    scores: list[Tensor] = []
+    for i in range(0, len(round_), round_.size):
+        at = slice(i, i + round_.size)
+        start, condition = round_.trajectory.states[0, at], round_.trajectory.condition[at]
+        final = rollout(policy, condition, steps=steps, kernel=ddim(0.0), start=start).final
+        scores.append(reward(policy.decode(final), round_.prompts[at]))
+    return torch.cat(scores).to(round_.scores.device)
+
+
+def best_and_worst(round_: Round, batches: int, samples: int) -> tuple[Tensor, Tensor]:
+    """Rows of each prompt's best and worst sample, both (P,) on the CPU; prompts whose samples are worth the same are left out."""
+    rows = torch.arange(len(round_)).unflatten(0, (batches, samples, -1)).movedim(1, -1).flatten(0, 1)  # (prompts, samples)
+    scores = round_.scores.cpu()[rows]
+    (high, best), (low, worst) = scores.max(1), scores.min(1)
+    differ = high > low
+    prompt = torch.arange(len(rows))
+    return rows[prompt, best][differ], rows[prompt, worst][differ]
+
+
+def nothing_differs(count: int, like: Tensor, context: Context, most: int = 10) -> bool:
+    """Whether a process has `count` 0 of prompts whose samples differ in reward, so that all pass this round over.
+
+    Raises InputError after `most` such rounds on end.
+    """
+    empty = int(context.processes.gather(torch.tensor([count], device=like.device)).min()) == 0
+    context.memory["empty_rounds"] = context.memory.get("empty_rounds", 0) + 1 if empty else 0
+    if context.memory["empty_rounds"] >= most:
+        raise InputError(f"In {most} rounds on end no two samples of a prompt differed in reward. Is it constant? diffalign check")
+    return empty
+
+
+@torch.no_grad()
+def reference_log_probs(policy: Policy, round_: Round, kernel: Kernel) -> Tensor:
+    """(T, N) log-probabilities of the round's transitions under the base model; 0 at the steps that are no actions."""
+    with policy.reference():
+        return log_probs(policy, round_, kernel)
+
+
+@torch.no_grad()
+def log_probs(policy: Policy, round_: Round, kernel: Kernel) -> Tensor:
+    """(T, N) log-probabilities of the round's transitions under the policy as it is now; 0 at the steps that are no actions."""
+    out = torch.zeros_like(round_.trajectory.log_probs)
+    every = torch.cartesian_prod(round_.steps, torch.arange(len(round_)))
+    for part in parts(every[:, 0], every[:, 1], round_.size):
+        out[part.steps, part.rows] = replay(policy, round_.trajectory, part.steps, part.rows, kernel).log_prob
+    return out
+
+
+def check_first_pass(change: Tensor, clip: float) -> None:
+    """Raise InputError where a log-probability replayed before any update is not what sampling gave: the ratio must be 1.
+
+    On one device it is 1 to the last bit. A tenth of the clip range is allowed for kernels that do not repeat their own sums.
+    """
+    worst = float(change.abs().max())
+    if not worst <= clip / 10:
+        raise InputError(
+            f"The ratio of the first pass is off by {worst:.1e}, with a clip range of {clip:g}: sampling and training do not compute the "
+            "same log-probabilities here. Use fp32, switch dropout off, or raise the clip range."
+        )
