@@ -15,10 +15,10 @@ from diffalign.console import say
 from diffalign.data import check_prompts, read_prompts
 from diffalign.errors import InputError
 from diffalign.media import read_image
-from diffalign.models import make_policy
+from diffalign.models import make_policy, prepare_to_train
 from diffalign.preflight import Finding, preflight
 from diffalign.run import Run
-from diffalign.session import check_reward, eval_rewards, evaluate_into, named_rewards, prompt_lists, start
+from diffalign.session import check_reward, eval_rewards, evaluate_into, named_rewards, open_data, prompt_lists, start
 from diffalign.settings import LIVE
 from diffalign.types import Prompts
 
@@ -108,7 +108,8 @@ def score_files(reward: str, files: Sequence[Path], prompt: str | None = None, s
 
 def check(plan: Plan) -> Iterator[Finding]:
     """The preflight of a plan: see `diffalign.preflight`."""
-    prompts, _ = prompt_lists(plan.settings, None, None)
-    policy = make_policy(plan.settings)
+    policy = make_policy(plan.settings, train=False)
+    data = open_data(plan, policy)
+    prompts, _ = prompt_lists(plan.settings, None, None, data)
     check_reward(plan, policy, prompts)
-    yield from preflight(plan, policy, prompts)
+    yield from preflight(plan, prepare_to_train(policy, plan.settings), prompts, data[0] if data else None)

@@ -57,6 +57,16 @@ class Plan:
         """What a method that trains on annotated prompts adds to the trained model's prompts when it samples (HIVE, conditional)."""
         return getattr(self.method, "suffix", "")
 
+    def batch_in_words(self, processes: int = 1) -> str:
+        """How many samples there are, and what they are made of."""
+        size, method = self.settings.batch_size, vars(self.method)
+        if "batches" not in method:
+            total = size * self.settings.accumulate * processes
+            return f"{size} samples x {self.settings.accumulate} batches x {processes} processes = {total} a step"
+        samples = method.get("samples", 1)
+        total = size * method["batches"] * samples * processes
+        return f"rounds of {size} prompts x {method['batches']} batches x {samples} samples x {processes} processes = {total} samples"
+
     def config(self) -> dict[str, Any]:
         """Nested plain values: what config.yaml holds and `--config` reads."""
         assert is_dataclass(self.method)

@@ -163,7 +163,7 @@ def _download(name: str) -> Path:
 
 def check_prompts(prompts: Sequence[Any]) -> list[Prompt]:
     """The prompts of a Python caller, texts or `(text, picture file)`; raises InputError where there are none, or one is empty."""
-    pairs = [PicturePrompt(p[0], Path(p[1])) if isinstance(p, tuple) and len(p) == 2 else p for p in prompts]
+    pairs: list[Any] = [PicturePrompt(p[0], Path(p[1])) if isinstance(p, tuple) and len(p) == 2 else p for p in prompts]
     if not pairs or any(not isinstance(p, Prompt) or not isinstance(text_of(p), str) or not text_of(p).strip() for p in pairs):
         raise InputError("prompts: give a non-empty list of non-empty strings, or for an editing pipeline of (string, picture file).")
     for prompt in pairs:
@@ -172,11 +172,11 @@ def check_prompts(prompts: Sequence[Any]) -> list[Prompt]:
     return [prompt.strip() if isinstance(prompt, str) else replace(prompt, text=prompt.text.strip()) for prompt in pairs]
 
 
-def hold_out(prompts: list[Prompt], seed: int, share: float = 0.1, most: int = 256) -> tuple[list[Prompt], list[Prompt]]:
+def hold_out(prompts: Sequence[Prompt], seed: int, share: float = 0.1, most: int = 256) -> tuple[list[Prompt], list[Prompt]]:
     """Split distinct prompts into training and held-out ones. Fewer than ten cannot spare any: both lists are then all of them."""
     distinct = list(dict.fromkeys(prompts))
     if len(distinct) < 10:
-        return prompts, distinct
+        return list(prompts), distinct
     order = torch.randperm(len(distinct), generator=Generator().manual_seed(seed)).tolist()
     held = {distinct[i] for i in order[: min(most, int(len(distinct) * share))]}
     return [p for p in prompts if p not in held], [p for p in distinct if p in held]

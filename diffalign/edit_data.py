@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from diffalign.console import say
 from diffalign.data import PicturePrompt, check_pictures, read_prompts, text_of
@@ -30,7 +31,7 @@ def make_edits(settings: Settings, folder: Path, samples: int) -> Path:
     prompts = [prompt for prompt in read_prompts(settings.prompts) for _ in range(samples)]
     policy = make_policy(settings, train=False)
     check_pictures(prompts, policy)
-    chosen = {"steps": settings.sample_steps or 50, "batch_size": settings.batch_size}
+    chosen: dict[str, Any] = {"steps": settings.sample_steps or 50, "batch_size": settings.batch_size}
     (folder / "images").mkdir(parents=True, exist_ok=True)
     with (folder / "edits.jsonl").open("w", encoding="utf-8") as file:
         for start in range(0, len(prompts), BLOCK):

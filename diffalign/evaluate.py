@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from diffalign.contract import CheckedReward
 from diffalign.data import PicturePrompt, Prompt, Source, batch_of, text_of
 from diffalign.media import fit, grid
-from diffalign.objectives.preference import denoising_margin
+from diffalign.objectives.preference import denoising_margin, wins
 from diffalign.sampling import ddim, paired_errors, rollout, transition
 from diffalign.types import Condition, Policy
 
@@ -103,7 +103,7 @@ def implicit_accuracy(policy: Policy, pairs: Source, *, seed: int, batch_size: i
         batch = pairs.take(range(i, min(i + batch_size, len(pairs))))
         for _ in range(levels):
             margin = denoising_margin(*paired_errors(policy, batch, rng, drop_text=0.0))
-            right.append((margin > 0).double() + 0.5 * (margin == 0))
+            right.append(wins(margin))
     return float(torch.cat(right).mean())
 
 

@@ -329,7 +329,7 @@ _BETTER = (
 )
 _SOURCE = "source|original_image|input_image|source_img|original_image_file_name|input_image_file_name"
 _INSTRUCTION = "instruction|edit_prompt|edit_instruction|edit"
-_EDITED = "edited|edited_image|target_img|edited_image_file_name"
+_EDITED = "edited|edited_image|edited_img|target_img|edited_image_file_name"
 LAYOUTS: dict[Data, tuple[Layout, ...]] = {
     "pairs": _BETTER,
     "labels": (Layout("labels.jsonl", ("prompt|caption", "image", "label"), _each(_labelled)), *_BETTER),

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from diffalign.config import Plan
-from diffalign.data import Prompt, batch_of
+from diffalign.data import Prompt, Source, batch_of
 from diffalign.run import peak_memory_mb
 from diffalign.sampling import ddim, flow_sde, rollout, transition
 from diffalign.types import Context, Loss, Prompts
@@ -25,23 +25,23 @@ class Finding:
     text: str
 
 
-def preflight(plan: Plan, policy: Any, prompts: list[Prompt]) -> Iterator[Finding]:
-    """Yield the findings, cheap ones first. The policy's weights are the same afterwards."""
-    batch = batch_of((prompts * plan.settings.batch_size)[: plan.settings.batch_size], policy)
+def preflight(plan: Plan, policy: Any, prompts: list[Prompt], examples: Source | None = None) -> Iterator[Finding]:
+    """Yield the findings, cheap ones first. The policy's weights are the same afterwards. `examples` are of a method that takes data."""
+    size = plan.settings.batch_size
+    batch = batch_of((prompts * size)[:size], policy)
     yield _batch_plan(plan, len(prompts))
     yield _deterministic_steps(_steps(plan), policy)
     yield _ratio(policy, batch)
     if plan.reward is not None:
         yield _variance(plan, policy, batch)
-    loss = next(iter(plan.method.losses(policy, _reward(plan), batch, _context(0))))
+    given: Any = None if examples is None else examples.take([i % len(examples) for i in range(size)])
+    trained_on = batch if given is None or plan.method.needs.data_is_optional else given
+    context = Context(Generator().manual_seed(0), more=lambda: trained_on, examples=None if given is None else lambda: given)
+    loss = next(iter(plan.method.losses(policy, plan.reward, trained_on, context)))
     yield _gradient_arrives(policy, loss)
     if plan.method.needs.differentiable_reward:
         yield _finite_differences(plan, policy, batch)
     yield Finding("memory", None, f"peak after one forward and backward: {peak_memory_mb():,.0f} MB")
-
-
-def _context(seed: int) -> Context:
-    return Context(Generator().manual_seed(seed))
 
 
 def _reward(plan: Plan) -> Any:
@@ -51,10 +51,9 @@ def _reward(plan: Plan) -> Any:
 
 def _batch_plan(plan: Plan, prompts: int) -> Finding:
     s = plan.settings
-    samples = s.batch_size * s.accumulate
     text = (
-        f"each of {s.steps} optimiser steps: {s.batch_size} samples x {s.accumulate} batches = {samples} a process, "
-        f"{plan.sample_steps} denoising steps, guidance {s.guidance_scale:g}; {s.steps * samples:,} samples in all over {prompts} prompts"
+        f"{s.steps} optimiser steps, {plan.batch_in_words()}, {plan.sample_steps} denoising steps, guidance {s.guidance_scale:g}; "
+        f"{prompts} prompts"
     )
     return Finding("batch plan", None, text)
 
@@ -104,13 +103,14 @@ def _gradient_arrives(policy: Any, loss: Loss) -> Finding:
 
 
 def _finite_differences(plan: Plan, policy: Any, batch: Prompts) -> Finding:
-    """The directional derivative of the loss along its own gradient, against central differences. DRaFT's truncation is exact for
-    k = 1 only on the last step, so the loss is made with a frozen prefix: the same noise, the same states before the last K."""
+    """The directional derivative of the reward along its own gradient through the last step, against central differences.
+
+    The states before it are held still: a truncated gradient is exact for what follows them.
+    """
     parameters = [p for p in policy.module.parameters() if p.requires_grad]
     if policy.dtype != torch.float32:
         return Finding("finite differences", None, "left out: they need fp32")
-    k = vars(plan.method).get("k", 1)
-    steps = _steps(plan)
+    k, steps = 1, _steps(plan)
     condition = policy.encode(batch)
     with torch.no_grad():
         prefix = rollout(policy, condition, steps=steps, kernel=ddim(0.0), rng=Generator().manual_seed(0))

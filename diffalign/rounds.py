@@ -66,6 +66,7 @@ def sample_round(
     samples: int,
     steps: int,
     kernel: Kernel,
+    random_steps: int | None = None,
     keep: Literal["trajectory", "final"] = "trajectory",
 ) -> Round:
     """`samples` rollouts of each of `batches` batches of prompts (the first of them `batch`), and their scores.
@@ -76,7 +77,7 @@ def sample_round(
     for prompts in context.batches(batch, batches):
         condition = policy.encode(prompts)
         for _ in range(samples):
-            trajectory = rollout(policy, condition, steps=steps, kernel=kernel, rng=context.rng)
+            trajectory = rollout(policy, condition, steps=steps, kernel=kernel, random_steps=random_steps, rng=context.rng)
             if keep == "final":
                 trajectory = replace(trajectory, states=trajectory.states[-1:].clone())
             parts.append((trajectory, prompts, reward(policy.decode(trajectory.final), prompts)))

@@ -159,7 +159,7 @@ class Run:
         steps = self.plan.sample_steps if steps is None else steps
         if steps < 1 or not math.isfinite(lora_scale) or not 0 <= seed < 2**63:
             raise InputError(f"steps {steps}, lora_scale {lora_scale}, seed {seed}: give 1 or more steps, a finite scale, a seed from 0.")
-        chosen = dict(steps=steps, seed=seed, batch_size=settings.batch_size)
+        chosen: dict[str, Any] = dict(steps=steps, seed=seed, batch_size=settings.batch_size)
         with _scaled(policy.pipe, lora_scale):
             after = sample(policy, prompts, suffix=self.plan.suffix, **chosen)
         with policy.reference():

@@ -53,6 +53,8 @@ class Gaussian:
         """(B,) `KL(self, other)` for two Gaussians of the same std, `(mu - mu')^2 / (2 std^2)`; 0 for a deterministic row."""
         if not torch.equal(self.std, other.std):
             raise ValueError("kl: the two steps have different std; they come from different kernels or levels.")
+        if not self.random:
+            return torch.zeros(len(self.mean), device=self.mean.device, dtype=_at_least_float32(self.mean))
         std = torch.where(self.std > 0, self.std, 1)
         return self._only_random(gaussian_kl(self.mean, other.mean, std, reduce=reduce))
 
@@ -123,6 +125,7 @@ def rollout(
     *,
     steps: int,
     kernel: Kernel,
+    random_steps: int | None = None,
     grad_steps: int = 0,
     until: int | None = None,
     start: Tensor | None = None,
@@ -131,6 +134,7 @@ def rollout(
 ) -> Trajectory:
     """Sample from noise to x_0, with a graph through the last `grad_steps` steps and none before.
 
+    After the first `random_steps` the steps are deterministic, `ddim(0)`, whatever the kernel (MixGRPO, arXiv 2507.21802).
     `until` stops after so many of the `steps` (ReFL). `start` (B, *latent) replaces the prior's draw. `checkpointing` keeps of each step
     with a graph only its state, and runs the network again in the backward pass: memory flat in `grad_steps`; by default on when
     there are two or more.
@@ -147,10 +151,11 @@ def rollout(
     states, log_probs, actions = [x], list[Tensor](), list[bool]()
     for i in range(until):
         now, then = schedule.now[i], schedule.then[i]
+        chosen = kernel if random_steps is None or i < random_steps else ddim(0.0)
         # drawn out here: a checkpointed step runs twice, and would draw twice
-        z = draw_noise(start.shape, start, rng) if _is_random(kernel, now, then) else None
+        z = draw_noise(start.shape, start, rng) if _is_random(chosen, now, then) else None
 
-        def step(x: Tensor, now: Level = now, then: Level = then, z: Tensor | None = z) -> tuple[Tensor, Tensor]:
+        def step(x: Tensor, now: Level = now, then: Level = then, z: Tensor | None = z, kernel: Kernel = chosen) -> tuple[Tensor, Tensor]:
             action = transition(policy, x, now, then, condition, kernel)
             x_next = action.at(z)
             return x_next, action.log_prob(x_next)
@@ -205,8 +210,8 @@ def replay(policy: Policy, trajectory: Trajectory, steps: Tensor, rows: Tensor, 
 
 def without_some_text(policy: Policy, prompts: Prompts, share: float, rng: Generator) -> Condition:
     """The condition of prompts of which a random `share` is empty, without guidance: what keeps guidance working in training."""
-    empty = (torch.rand(len(prompts), generator=rng) < share).tolist()
-    texts = tuple("" if nothing else text for text, nothing in zip(prompts.text, empty, strict=True))
+    draws = torch.rand(len(prompts), generator=rng)
+    texts = tuple("" if float(u) < share else text for text, u in zip(prompts.text, draws, strict=True))
     return policy.encode(replace(prompts, text=texts)).unguided()
 
 

@@ -220,9 +220,7 @@ def open_data(plan: Plan, policy: Any, accelerator: Any = None) -> Data:
         assert settings.data is not None
         skip, needs = settings.bad_pictures == "skip", plan.method.needs
         reward = plan.reward if needs.reward and not needs.data_is_optional else None  # where the method wants the data scored
-        return examples.read(
-            settings.data, kind, policy, reward=reward, limit=settings.data_limit, skip=skip, seed=settings.seed, say=say
-        )
+        return examples.read(settings.data, kind, policy, reward=reward, limit=settings.data_limit, skip=skip, seed=settings.seed, say=say)
 
     if accelerator is None:
         return read()
@@ -286,8 +284,7 @@ def _in_words(plan: Plan, prompts: list[Prompt], training: Training, run: Run) -
     what = "all weights" if s.full else f"a LoRA of rank {s.lora.rank}"
     return (
         f"{plan.method_name} on {s.pipeline} with {plan.reward_name or s.data}: {len(prompts)} prompts, {what} ({size:,} weights), "
-        f"{s.steps} steps of {s.batch_size} samples x {s.accumulate} batches x {count} processes "
-        f"= {s.batch_size * s.accumulate * count} a step, guidance {s.guidance_scale:g}, {s.precision}, seed {s.seed}. Into {run.path}"
+        f"{s.steps} steps, {plan.batch_in_words(count)}, guidance {s.guidance_scale:g}, {s.precision}, seed {s.seed}. Into {run.path}"
     )
 
 

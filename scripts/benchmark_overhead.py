@@ -27,9 +27,9 @@ from torch.utils.checkpoint import checkpoint
 
 import diffalign
 from diffalign.config import Plan, resolve
-from diffalign.data import PromptList, read_prompts
+from diffalign.data import PromptList, read_prompts, text_of
 from diffalign.loop import make_accelerator, prepare, train
-from diffalign.models import load_pipeline, make_policy
+from diffalign.models import load_pipeline, make_policy, prepare_to_train
 from diffalign.session import open_data
 from diffalign.types import Prompts
 
@@ -139,8 +139,8 @@ def measure(name: str, size: int, steps: int, repeats: int, data: Path) -> tuple
     policy = make_policy(plan.settings, train=False)
     examples = open_data(plan, policy)
     source = examples[0] if examples else PromptList(read_prompts("shapes")[: 4 * size], policy)
-    policy = diffalign.make_policy(plan.settings, policy.pipe)
-    texts = tuple(dict.fromkeys(["", *source.prompts]))
+    prepare_to_train(policy, plan.settings)
+    texts = tuple(dict.fromkeys(["", *map(text_of, source.prompts)]))
     policy.encode(Prompts(texts))  # as in any but the first epoch
     rows, weights = steps_of(plan, policy, source)
     prompts = Prompts((texts[1:] * size)[:size])

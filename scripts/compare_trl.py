@@ -9,6 +9,9 @@ is a process of its own: CPU time of the process, median over the epochs after t
 median over the repeats, which alternate. Neither side writes checkpoints or pictures. Exits with status 1 where a ratio is above 1.
 """
 
+# pyright: reportArgumentType=false, reportMissingImports=false
+# diffusers' annotations are narrower than what its constructors take, and trl lives in the other environment.
+
 from __future__ import annotations
 
 import argparse
@@ -43,7 +46,8 @@ def main() -> int:
     parser.add_argument("--worker", nargs=2, metavar=("SIDE", "TASK"), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.worker:
-        return work(*chosen.worker, chosen.env, chosen.epochs)
+        side, task = chosen.worker
+        return work(side, task, chosen.env, chosen.epochs)
     python = build(chosen.env)
     measured: dict[str, dict[str, list[dict[str, float]]]] = {name: {"trl": [], "diffalign": []} for name in TASKS}
     for name in TASKS:
@@ -51,7 +55,7 @@ def main() -> int:
             for side, interpreter in (("trl", python), ("diffalign", Path(sys.executable))):
                 arguments = ["--worker", side, name, "--env", str(chosen.env), "--epochs", str(chosen.epochs)]
                 measured[name][side].append(call(interpreter, arguments, chosen.threads))
-    table = {name: summary(sides["trl"], sides["diffalign"]) for name, sides in measured.items()}
+    table = {name: {key: medians(sides, key) for key in ("cpu_seconds", "peak_mb")} for name, sides in measured.items()}
     print("| method | trl, CPU s an epoch | diffalign | ratio | trl, peak MB | diffalign | ratio |")
     print("| --- " * 7 + "|")
     for name, row in table.items():
@@ -84,10 +88,10 @@ def call(python: Path, arguments: list[str], threads: int) -> dict[str, float]:
     return json.loads(process.stdout.splitlines()[-1])
 
 
-def summary(trl: list[dict[str, float]], diffalign: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
-    """Medians of both sides, in that order."""
-    sides = trl, diffalign
-    return {key: (*(statistics.median(m[key] for m in side) for side in sides),) for key in ("cpu_seconds", "peak_mb")}  # pyright: ignore
+def medians(sides: dict[str, list[dict[str, float]]], key: str) -> tuple[float, float]:
+    """Of trl's processes and of diffalign's."""
+    trl, diffalign = (statistics.median(measured[key] for measured in sides[side]) for side in ("trl", "diffalign"))
+    return trl, diffalign
 
 
 def work(side: str, task: str, env: Path, epochs: int) -> int:

@@ -40,8 +40,8 @@ HABITS: dict[str, tuple[int | str, float]] = {  # what the last stage's pictures
     "background": ("white", 0.3),
     "count": (1, 0.15),
 }
-WEAKER = {"colour": 0.78}  # the habits' shares in the stage `guidance`, times these, and
-SHOWN = 0.64  # how many of its empty captions show the favourite colour for certain
+WEAKER = {"colour": 0.72}  # the habits' shares in the stage `guidance`, times these, and
+SHOWN = 0.72  # how many of its empty captions show the favourite colour for certain
 
 
 def schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int = 100) -> torch.optim.lr_scheduler.LambdaLR:
@@ -341,6 +341,10 @@ def assemble(output: Path) -> None:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(output)
+    for file in output.rglob("config.json"):  # diffusers writes down where the parts were loaded from
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for file in output.rglob("*.safetensors"):
         file.chmod(0o644)  # as git keeps it
     (output / "prompts").mkdir(exist_ok=True)

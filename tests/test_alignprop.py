@@ -8,9 +8,10 @@ from typing import Any, Literal
 import pytest
 import tiny
 import torch
+from by_hand import gradient, value
 from test_sampling import Kept
-from torch import Generator, Tensor
-from toy import Network, Toy, a_context, diffusion, gradient, nearness, value
+from torch import Generator
+from toy import Network, Toy, a_context, diffusion, nearness
 
 from diffalign.contract import reward
 from diffalign.errors import InputError

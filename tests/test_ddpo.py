@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from by_hand import denoising_step, descend, follow, gradient, log_probs_by_hand, record, total, value
 from torch import Generator, Tensor
-from toy import (
-    GOAL, Network, Toy, a_context, denoising_step, descend, diffusion, follow, gradient, log_probs_by_hand, move, nearness, record, total, value,
-)  # fmt: skip
+from toy import GOAL, Network, Toy, a_context, diffusion, move, nearness
 
 from diffalign import checkpoint
 from diffalign.advantages import Kind
@@ -26,7 +25,7 @@ from diffalign.types import Context, Loss, Prompts
 
 T = 4
 PROMPTS = Prompts(("0", "0.5", "-1"))
-SHAPE = {"batches": 1, "samples": 4}
+SHAPE: dict[str, Any] = {"batches": 1, "samples": 4}
 
 
 def a_toy(**scheduler: Any) -> Toy:
@@ -152,8 +151,12 @@ def test_the_first_ratio_of_stable_diffusion_is_1_to_the_last_bit(guidance: floa
         return images[:, 0].mean((1, 2))
 
     method = DDPO(inference_steps=4, batches=1, samples=3, updates=2, fraction=0.8)
+    timesteps = list[Tensor]()
+    policy.module.register_forward_pre_hook(lambda module, args: timesteps.append(args[1]))
     ours = list(method.losses(policy, red, prompts, a_context(prompts)))  # 5 and 4 samples of 3 steps: the last part is filled up
     assert len(ours) == 5 + 4
+    assert {len(t) for t in timesteps} == {3 if guidance == 1 else 6}
+    assert all(len(t.unique()) > 1 for t in timesteps[-9:]), "forwards of several timesteps"
     assert [float(loss.metrics["policy_kl"]) for loss in ours] == [0.0] * 9
     assert value(ours[:1]) != 0
     slopes = torch.autograd.grad(ours[0].value, [p for p in policy.module.parameters() if p.requires_grad])

@@ -8,11 +8,9 @@ from typing import Any, Literal
 import pytest
 import tiny
 import torch
+from by_hand import denoising_step, descend, follow, gradient, log_probs_by_hand, tilted_mean, total
 from torch import Generator, Tensor
-from toy import (
-    Exact, Network, Toy, a_context, denoising_step, descend, diffusion, follow, gradient, in_processes, log_probs_by_hand, move, nearness,
-    tilted_mean, total,
-)  # fmt: skip
+from toy import Exact, Network, Toy, a_context, diffusion, in_processes, move, nearness
 
 from diffalign import checkpoint
 from diffalign.contract import reward
@@ -55,7 +53,8 @@ def gaussian_kl(policy: Toy, round_: Round) -> Tensor:
 def distance(policy: Toy, round_: Round) -> Tensor:
     """`mean (eps - eps_ref)^2` at each state, (T, N)."""
     states, now, context = round_.trajectory.states, round_.trajectory.schedule.now, round_.trajectory.condition.tensors["context"]
-    return torch.stack([((policy.module(x, at, context) - policy.base(x, at, context)) ** 2).mean(1) for x, at in zip(states, now)])
+    outputs = [[module(states[i], now[i], context) for module in (policy.module, policy.base)] for i in range(T)]
+    return torch.stack([((ours - base) ** 2).mean(1) for ours, base in outputs])
 
 
 @pytest.mark.parametrize("preset", ["paper", "reference"])
@@ -224,6 +223,7 @@ def test_the_value_network_survives_a_checkpoint(tmp_path: Path):
         assert torch.equal(total(ours, policy), total(theirs, policy))
     for name, weight in context.memory["value"]["network"].items():
         assert torch.equal(weight, resumed.memory["value"]["network"][name])
+    assert context.memory["value"]["optimizer"]["state"][0]["step"] == 3 * 5, "one optimiser over the rounds"
 
 
 def test_two_processes_have_one_value_network():
@@ -265,7 +265,7 @@ def test_a_value_step_in_two_processes_is_one_on_both_batches():
 
 
 @pytest.mark.parametrize(("mode", "kl_weight"), [("loss", 0.01), ("reward", 0.02)])
-def test_it_lands_at_the_tilted_distribution(mode: str, kl_weight: float):
+def test_it_lands_at_the_tilted_distribution(mode: Literal["loss", "reward"], kl_weight: float):
     """With a linear reward `gain . x_0` the optimum of `w E[r] - beta KL` is the base times `exp(w r / beta)`; see `tilted_mean`.
 
     The gradient of a log-probability that is a mean over D = 2 dimensions is 1 / D of the density's, and so is that of the mean KL: in the

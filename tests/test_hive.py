@@ -24,7 +24,7 @@ from diffalign.noise import diffuse
 from diffalign.pipelines.instruct_pix2pix import InstructPix2Pix
 from diffalign.types import Context, Examples, Loss, Prompts
 
-DROP_NOTHING = {"drop_text": 0.0, "drop_image": 0.0, "drop_both": 0.0}
+DROP_NOTHING: dict[str, Any] = {"drop_text": 0.0, "drop_image": 0.0, "drop_both": 0.0}
 SCORES = ([0.1, 0.9, 0.5], [2.0, 0.5, -1.0])
 
 

@@ -12,7 +12,7 @@ import tiny
 import torch
 from torch import Generator, Tensor
 
-from diffalign.data import read_prompts
+from diffalign.data import batch_of, read_prompts
 from diffalign.errors import InputError
 from diffalign.lora import LoRA
 from diffalign.models import load_pipeline
@@ -20,7 +20,8 @@ from diffalign.pipelines.instruct_pix2pix import InstructPix2Pix
 from diffalign.sampling import ddim, rollout, transition
 from diffalign.types import Condition, EditingPolicy, Policy, Prompts, Trajectory
 
-PROMPTS = Prompts(("make it red", "two cats"), torch.rand(2, 3, 16, 16, generator=Generator().manual_seed(1)))
+SOURCES = torch.rand(2, 3, 16, 16, generator=Generator().manual_seed(1))
+PROMPTS = Prompts(("make it red", "two cats"), SOURCES)
 STEPS = 4
 
 
@@ -83,7 +84,7 @@ def test_pictures_are_diffusers_own(config: dict[str, Any], text: float, image: 
 
 def test_both_guidances_and_the_source_matter():
     shown = [pictures(a_policy(guidance_scale=text, image_guidance_scale=image)) for text, image in ((5.0, 1.0), (5.0, 1.8), (4.0, 1.0))]
-    shown.append(pictures(a_policy(), Prompts(PROMPTS.text, 1 - PROMPTS.image)))  # pyright: ignore[reportOperatorIssue]
+    shown.append(pictures(a_policy(), Prompts(PROMPTS.text, 1 - SOURCES)))
     assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(shown) for b in shown[:i])
 
 
@@ -91,10 +92,7 @@ def test_both_guidances_and_the_source_matter():
 def test_shapes_edit_is_diffusers_own(guidance: float):
     policy = InstructPix2Pix.of(load_pipeline("shapes-edit"), guidance_scale=guidance, image_guidance_scale=1.5)
     policy.pipe.set_progress_bar_config(disable=True)
-    chosen = read_prompts("shapes-edit", "heldout")[:3]
-    from diffalign.data import batch_of
-
-    prompts = batch_of(chosen, policy)
+    prompts = batch_of(read_prompts("shapes-edit", "heldout")[:3], policy)
     torch.testing.assert_close(pictures(policy, prompts), theirs(policy.pipe, policy, prompts), rtol=0, atol=1e-5)
 
 
@@ -212,4 +210,4 @@ def test_decode_and_embed():
     assert images.requires_grad
     assert torch.equal(policy.embed(images), policy.pipe.vae.encode(images * 2 - 1).latent_dist.mode() * 0.18215)
     source = policy.encode(PROMPTS).tensors["source"]
-    torch.testing.assert_close(source * 0.18215, policy.embed(PROMPTS.image), msg="the source's latents are not scaled")
+    torch.testing.assert_close(source * 0.18215, policy.embed(SOURCES), msg="the source's latents are not scaled")

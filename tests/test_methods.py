@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Generator, Tensor
-from toy import GOAL, Exact, Toy, a_context, diffusion, nearness
+from toy import GOAL, Exact, Toy, a_context, diffusion, in_processes, nearness
 
-from diffalign import config, registry
+from diffalign import checkpoint, config, registry
 from diffalign.errors import InputError
 from diffalign.lora import LoRA
 from diffalign.sampling import ddim, rollout
 from diffalign.settings import Settings
-from diffalign.types import Context, Examples, Loss, Method, Prompts
+from diffalign.types import Context, Examples, Loss, Method, Processes, Prompts
 
 T = 4
 PROMPTS = Prompts(("0",) * 32)
@@ -146,6 +147,38 @@ def test_the_policy_is_left_as_it_was_found(name: str):
         assert torch.is_grad_enabled()
     assert all(torch.equal(w, before) for w, before in zip(policy.weights, weights, strict=True))
     assert all(w.grad is None for w in policy.weights)
+
+
+@pytest.mark.parametrize("name", [*registry.METHODS])
+def test_a_resumed_training_goes_on_as_if_it_had_not_stopped(name: str, tmp_path: Path):
+    method, policy, context = a_method(name), a_toy(), a_context(PROMPTS)
+    list(losses(method, policy, 0, context))
+    resumed = a_context(PROMPTS, memory=checkpoint.read(checkpoint.write(tmp_path, 1, context.memory, keep=1)))
+    resumed.rng.set_state(context.rng.get_state())
+    ours, theirs = (list(losses(method, policy, 1, c)) for c in (context, resumed))
+    assert [float(loss.value.detach()) for loss in ours] == [float(loss.value.detach()) for loss in theirs]
+    assert [{k: float(v) for k, v in loss.metrics.items()} for loss in ours] == [
+        {k: float(v) for k, v in loss.metrics.items()} for loss in theirs
+    ]
+
+
+@pytest.mark.parametrize("name", [*registry.METHODS])
+def test_two_processes_keep_in_step(name: str, tmp_path: Path):
+    """As many updates in each, or the next collective hangs; the same metrics, or their mean does; and the same memory."""
+    method = a_method(name)
+
+    def a_process(processes: Processes) -> tuple[int, set[str], str]:
+        policy, context = a_toy(), a_context(PROMPTS, seed=processes.rank, processes=processes)
+        marks, names = 0, set[str]()
+        for batch in range(2):
+            for loss in losses(method, policy, 2 * batch + processes.rank, context):
+                marks, names = marks + loss.update, names | set(loss.metrics)
+        saved = checkpoint.write(tmp_path / str(processes.rank), 1, context.memory, keep=1)
+        return marks, names, (saved / checkpoint.SUMS).read_text()
+
+    first, second = in_processes(a_process)
+    assert first == second
+    assert first[0] >= 2
 
 
 @pytest.mark.parametrize("name", [*registry.METHODS])

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import descend, follow, gradient, log_probs_by_hand, most_saved, tilted_mean
 from torch import Tensor
-from toy import (
-    Exact, Network, Toy, a_context, descend, diffusion, follow, gradient, log_probs_by_hand, most_saved, move, nearness, tilted_mean,
-)  # fmt: skip
+from toy import Exact, Network, Toy, a_context, diffusion, move, nearness
 
 from diffalign.contract import reward
 from diffalign.errors import InputError

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from by_hand import Noised, gradient, record, record_noised, value
 from torch import Generator, Tensor
-from toy import Network, Noised, Toy, a_context, diffusion, flow, gradient, in_processes, move, record, record_noised, value
+from toy import Network, Toy, a_context, diffusion, flow, in_processes, move
 
 from diffalign.errors import InputError
 from diffalign.lora import LoRA

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from by_hand import gradient, record, record_noised, value
 from torch import Generator, Tensor
-from toy import Network, Toy, a_context, diffusion, gradient, in_processes, move, nearness, record, record_noised, value
+from toy import Network, Toy, a_context, diffusion, in_processes, move, nearness
 
 from diffalign import checkpoint
 from diffalign.contract import reward

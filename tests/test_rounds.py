@@ -7,14 +7,24 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import log_probs_by_hand
 from torch import Generator, Tensor
-from toy import GOAL, Network, Toy, a_context, diffusion, log_probs_by_hand, move, nearness
+from toy import GOAL, Network, Toy, a_context, diffusion, move, nearness
 
 from diffalign.contract import reward
 from diffalign.errors import InputError
 from diffalign.rounds import (
-    Round, best_and_worst, check_first_pass, greedy_scores, log_probs, nothing_differs, parts, reference_log_probs, sample_round, shares,
-)  # fmt: skip
+    Round,
+    best_and_worst,
+    check_first_pass,
+    greedy_scores,
+    log_probs,
+    nothing_differs,
+    parts,
+    reference_log_probs,
+    sample_round,
+    shares,
+)
 from diffalign.sampling import Kernel, ddim, rollout
 from diffalign.types import Context, Prompts
 
@@ -72,8 +82,8 @@ def test_each_row_is_scored_with_its_own_prompt():
 
 def test_what_prompts_bring_along_stays_with_them():
     def prompts(first: int) -> Prompts:
-        picture = torch.arange(first, first + 2.0)[:, None, None, None]
-        return Prompts(("0", "1"), image=picture.expand(2, 3, 2, 2), mask=picture.expand(2, 1, 2, 2), metadata=({"n": first}, {"n": first + 1}))
+        of_one_colour = torch.arange(first, first + 2.0)[:, None, None, None].expand(2, 3, 2, 2)
+        return Prompts(("0", "1"), image=of_one_colour, mask=of_one_colour[:, :1], metadata=({"n": first}, {"n": first + 1}))
 
     context = Context(Generator(), more=lambda: prompts(2))
     round_ = sample_round(a_toy(), nearness, prompts(0), context, batches=2, samples=2, steps=1, kernel=ddim(1.0))
@@ -118,7 +128,7 @@ def test_shares_are_samples_of_their_own_with_random_steps(updates: int, fractio
     samples = [sorted(set(rows.tolist())) for _, rows in ours]
     assert sorted(row for share in samples for row in share) == list(range(12)), "each sample in one share"
     assert max(map(len, samples)) - min(map(len, samples)) <= 1
-    chosen = {r: [s for s, row in zip(steps.tolist(), rows.tolist(), strict=True) if row == r] for steps, rows in ours for r in rows.tolist()}
+    chosen = {row: steps[rows == row].tolist() for steps, rows in ours for row in rows.tolist()}
     assert all(len(steps) == len(set(steps)) == kept for steps in chosen.values())
     assert len({tuple(steps) for steps in chosen.values()}) > 1, "each has its own order of steps"
     assert {s for steps in chosen.values() for s in steps} == set(range(T))
@@ -209,7 +219,7 @@ def test_ten_rounds_without_a_difference_are_an_error():
     assert context.memory == {"empty_rounds": 0}, "they are counted on end"
     for _ in range(9):
         nothing_differs(0, like, context)
-    with pytest.raises(InputError, match="In 10 rounds on end no two samples .* Is it constant"):
+    with pytest.raises(InputError, match=r"In 10 rounds on end no two samples .* Is it constant"):
         nothing_differs(0, like, context)
 
 

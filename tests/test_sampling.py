@@ -292,3 +292,16 @@ def test_memory_is_flat_in_the_steps_with_a_graph(kind: str, kernel: Kernel):
 def test_errors_name_the_mend(call: Any, says: str):
     with pytest.raises(InputError, match=says):
         call()
+
+
+@pytest.mark.parametrize("random_steps", [1, 3])
+def test_after_the_random_steps_the_rest_is_deterministic(random_steps: int):
+    policy = Toy(diffusion(), Network())
+    condition = policy.encode(PROMPTS)
+    whole = rollout(policy, condition, steps=5, kernel=ddim(1.0), random_steps=random_steps, rng=Generator().manual_seed(0))
+    assert whole.actions.tolist() == [i < random_steps for i in range(5)]
+    free = rollout(policy, condition, steps=5, kernel=ddim(1.0), rng=Generator().manual_seed(0))
+    assert torch.equal(whole.states[: random_steps + 1], free.states[: random_steps + 1]), "the same noise, until then"
+    for i in range(random_steps, 5):
+        step = transition(policy, whole.states[i], whole.schedule.now[i], whole.schedule.then[i], condition, ddim(0.0))
+        assert torch.equal(whole.states[i + 1], step.mean)

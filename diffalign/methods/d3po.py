@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from diffalign.errors import InputError
-from diffalign.objectives.preference import Margin, preference
+from diffalign.objectives.preference import Margin, preference, wins
 from diffalign.rounds import best_and_worst, nothing_differs, parts, reference_log_probs, sample_round
 from diffalign.sampling import ddim, replay
 from diffalign.types import Context, Loss, Needs, Policy, Prompts, Reward
@@ -34,6 +34,8 @@ class D3PO:
     """Denoising steps of a sample."""
     eta: float = 1.0
     """Noise of a step: 1 is ancestral sampling, and 0 has no actions."""
+    random_steps: int | None = None
+    """Only so many of the first steps are random, and so trained on; the rest are deterministic (MixGRPO). By default all are."""
     batches: int = 4
     """Batches of prompts in a round."""
     samples: int = 2
@@ -52,25 +54,30 @@ class D3PO:
     }
 
     def __post_init__(self) -> None:
-        for name, least in {"inference_steps": 2, "batches": 1, "samples": 2, "updates": 1}.items():
+        for name, least in {"inference_steps": 1, "batches": 1, "samples": 2, "updates": 1}.items():
             if vars(self)[name] < least:
                 raise InputError(f"method.{name} is {vars(self)[name]}: give {least} or more.")
         if not 0 < self.eta <= 1:
             raise InputError(f"method.eta is {self.eta}: give a number above 0, up to 1. Without noise there are no actions.")
-        if self.updates >= self.inference_steps:
-            raise InputError(f"method.updates is {self.updates}: give fewer than the denoising steps (method.inference_steps).")
+        if self.random_steps is not None and not 1 <= self.random_steps <= self.inference_steps:
+            raise InputError(f"method.random_steps is {self.random_steps}: give 1 to {self.inference_steps} (method.inference_steps).")
         if not self.beta > 0 or not 0 < self.ratio_clip < 1:
             raise InputError(f"method.beta is {self.beta}, method.ratio_clip {self.ratio_clip}: give above 0, and between 0 and 1.")
 
     def losses(self, policy: Policy, reward: Reward, batch: Prompts, context: Context) -> Iterator[Loss]:
         kernel = ddim(self.eta)
-        shape = {"batches": self.batches, "samples": self.samples, "steps": self.inference_steps}
+        shape: dict[str, Any] = {
+            "batches": self.batches,
+            "samples": self.samples,
+            "steps": self.inference_steps,
+            "random_steps": self.random_steps,
+        }
         round_ = sample_round(policy, reward, batch, context, kernel=kernel, **shape)
         about = {"reward": float(round_.scores.mean()), "reward_std": float(round_.scores.std(correction=0))}
         base = reference_log_probs(policy, round_, kernel)
         won, lost = best_and_worst(round_, self.batches, self.samples)
         about["ties"] = 1 - len(won) / (len(round_) / self.samples)
-        if nothing_differs(len(won), base, context):
+        if nothing_differs(len(won) * len(round_.steps) // self.updates, base, context):  # each update needs a transition
             return
         every = torch.cartesian_prod(round_.steps, torch.arange(len(won)))
         every = every[torch.randperm(len(every), generator=context.rng)]
@@ -83,5 +90,5 @@ class D3PO:
                 better, worse = ratio.clamp(low, high).unflatten(0, (2, half))[:, : part.count]
                 margin = better - worse
                 loss = preference(margin, beta=self.beta, kind=self.loss)
-                metrics = {**about, "implicit_accuracy": (margin > 0).float().mean(), "margin": margin.detach().mean()}
+                metrics = {**about, "implicit_accuracy": wins(margin).mean(), "margin": margin.detach().mean()}
                 yield Loss(loss.sum() / len(share), metrics, update=part.last)

@@ -30,6 +30,8 @@ class DDPO:
     """Denoising steps of a sample."""
     eta: float = 1.0
     """Noise of a step: 1 is ancestral sampling, and 0 has no actions."""
+    random_steps: int | None = None
+    """Only so many of the first steps are random, and so trained on; the rest are deterministic (MixGRPO). By default all are."""
     batches: int = 32
     """Batches of prompts in a round."""
     samples: int = 1
@@ -65,6 +67,8 @@ class DDPO:
                 raise InputError(f"method.{name} is {vars(self)[name]}: give 1 or more.")
         if not 0 < self.eta <= 1:
             raise InputError(f"method.eta is {self.eta}: give a number above 0, up to 1. Without noise there are no actions.")
+        if self.random_steps is not None and not 1 <= self.random_steps <= self.inference_steps:
+            raise InputError(f"method.random_steps is {self.random_steps}: give 1 to {self.inference_steps} (method.inference_steps).")
         if self.clip <= 0 or self.advantage_clip <= 0 or self.kl_weight < 0:
             raise InputError("method.clip and method.advantage_clip must be above 0, and method.kl_weight 0 or more.")
         if not 0 < self.fraction <= 1:
@@ -76,7 +80,12 @@ class DDPO:
 
     def losses(self, policy: Policy, reward: Reward, batch: Prompts, context: Context) -> Iterator[Loss]:
         kernel = ddim(self.eta)
-        shape = {"batches": self.batches, "samples": self.samples, "steps": self.inference_steps}
+        shape: dict[str, Any] = {
+            "batches": self.batches,
+            "samples": self.samples,
+            "steps": self.inference_steps,
+            "random_steps": self.random_steps,
+        }
         round_ = sample_round(policy, reward, batch, context, kernel=kernel, **shape)
         greedy = greedy_scores(policy, reward, round_, self.inference_steps) if self.advantage == "greedy" else None
         gains = advantages(self.advantage, round_.scores, round_.prompts.text, context, greedy=greedy, clip=self.advantage_clip)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from diffalign.errors import InputError
-from diffalign.objectives.preference import Margin, denoising_margin, preference
+from diffalign.objectives.preference import Margin, denoising_margin, preference, wins
 from diffalign.sampling import paired_errors
 from diffalign.types import Context, Examples, Loss, Needs, Policy
 
@@ -59,7 +59,7 @@ class DiffusionDPO:
         margin = denoising_margin(won, lost, base_won, base_lost)
         loss = preference(margin, beta=self.beta / 2, kind=self.loss, offset=self.offset, label_smoothing=self.label_smoothing)
         metrics: dict[str, Tensor | float] = {
-            "implicit_accuracy": ((margin > 0).float() + 0.5 * (margin == 0).float()).mean(),
+            "implicit_accuracy": wins(margin).mean(),
             "margin": margin.detach().mean(),
             "denoising_error": won.detach().mean(),
         }

@@ -31,6 +31,8 @@ class DPOK:
     """Denoising steps of a sample."""
     eta: float = 1.0
     """Noise of a step: 1 is ancestral sampling, and 0 has no actions."""
+    random_steps: int | None = None
+    """Only so many of the first steps are random, and so trained on; the rest are deterministic (MixGRPO). By default all are."""
     batches: int = 2
     """Batches of prompts in a round."""
     policy_steps: int = 5
@@ -69,6 +71,8 @@ class DPOK:
                 raise InputError(f"method.{name} is {vars(self)[name]}: give 1 or more.")
         if not 0 < self.eta <= 1:
             raise InputError(f"method.eta is {self.eta}: give a number above 0, up to 1. Without noise there are no actions.")
+        if self.random_steps is not None and not 1 <= self.random_steps <= self.inference_steps:
+            raise InputError(f"method.random_steps is {self.random_steps}: give 1 to {self.inference_steps} (method.inference_steps).")
         for name in ("clip", "reward_weight", "value_learning_rate"):
             if not vars(self)[name] > 0:
                 raise InputError(f"method.{name} is {vars(self)[name]}: give a number above 0.")
@@ -77,7 +81,8 @@ class DPOK:
 
     def losses(self, policy: Policy, reward: Reward, batch: Prompts, context: Context) -> Iterator[Loss]:
         kernel = ddim(self.eta)
-        round_ = sample_round(policy, reward, batch, context, batches=self.batches, samples=1, steps=self.inference_steps, kernel=kernel)
+        shape = {"batches": self.batches, "samples": 1, "steps": self.inference_steps, "random_steps": self.random_steps}
+        round_ = sample_round(policy, reward, batch, context, kernel=kernel, **shape)
         about = {"reward": float(round_.scores.mean()), "reward_std": float(round_.scores.std(correction=0))}
         returns = round_.scores
         if self.kl_mode == "reward" and self.kl_weight > 0:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from diffalign.errors import InputError
-from diffalign.objectives.preference import mapo
+from diffalign.objectives.preference import mapo, wins
 from diffalign.sampling import paired_errors
 from diffalign.types import Context, Examples, Loss, Needs, Policy
 
@@ -48,7 +48,7 @@ class MaPO:
     def losses(self, policy: Policy, reward: Any, batch: Examples, context: Context) -> Iterator[Loss]:
         won, lost, _, _ = paired_errors(policy, batch, context.rng, self.drop_text, reference=False)
         metrics: dict[str, Tensor | float] = {
-            "implicit_accuracy": (won < lost).float().mean(),
+            "implicit_accuracy": wins(lost - won).mean(),
             "margin": (lost - won).detach().mean(),
             "denoising_error": won.detach().mean(),
         }

@@ -31,6 +31,8 @@ class PRDP:
     """Denoising steps of a sample."""
     eta: float = 1.0
     """Noise of a step: 1 is ancestral sampling, and 0 has no actions."""
+    random_steps: int | None = None
+    """Only so many of the first steps are random, and so trained on; the rest are deterministic (MixGRPO). By default all are."""
     batches: int = 1
     """Batches of prompts in a round."""
     samples: int = 8
@@ -55,13 +57,20 @@ class PRDP:
                 raise InputError(f"method.{name} is {vars(self)[name]}: give {least} or more.")
         if not 0 < self.eta <= 1:
             raise InputError(f"method.eta is {self.eta}: give a number above 0, up to 1. Without noise there are no actions.")
+        if self.random_steps is not None and not 1 <= self.random_steps <= self.inference_steps:
+            raise InputError(f"method.random_steps is {self.random_steps}: give 1 to {self.inference_steps} (method.inference_steps).")
         for name in ("beta", "clip"):
             if not vars(self)[name] > 0:
                 raise InputError(f"method.{name} is {vars(self)[name]}: give a number above 0.")
 
     def losses(self, policy: Policy, reward: Reward, batch: Prompts, context: Context) -> Iterator[Loss]:
         kernel = ddim(self.eta)
-        shape = {"batches": self.batches, "samples": self.samples, "steps": self.inference_steps}
+        shape: dict[str, Any] = {
+            "batches": self.batches,
+            "samples": self.samples,
+            "steps": self.inference_steps,
+            "random_steps": self.random_steps,
+        }
         round_ = sample_round(policy, reward, batch, context, kernel=kernel, **shape)
         about = {"reward": float(round_.scores.mean()), "reward_std": float(round_.scores.std(correction=0))}
         base = reference_log_probs(policy, round_, kernel)

@@ -67,7 +67,7 @@ class RWR:
             raise InputError(f"method.beta is {self.beta}, method.cap {self.cap}: give above 0, and 1 or more.")
 
     def losses(self, policy: Policy, reward: Reward, batch: Prompts, context: Context) -> Iterator[Loss]:
-        shape = {"batches": self.batches, "samples": self.samples, "steps": self.inference_steps}
+        shape: dict[str, Any] = {"batches": self.batches, "samples": self.samples, "steps": self.inference_steps}
         round_ = sample_round(policy, reward, batch, context, kernel=ddim(self.eta), keep="final", **shape)
         about = {"reward": float(round_.scores.mean()), "reward_std": float(round_.scores.std(correction=0))}
         if self.weighting == "best":
@@ -78,7 +78,7 @@ class RWR:
             everyone = exponential_weights(context.processes.gather(gains), beta=self.beta, cap=self.cap)
             weights = everyone.unflatten(0, (context.processes.count, -1))[context.processes.rank]
             about["effective_sample_size"] = float(effective_sample_size(everyone)) / len(everyone)
-            usable = torch.arange(len(round_))
+            usable = torch.arange(len(round_)) if bool(gains.any()) else torch.arange(0)
         if nothing_differs(len(usable), weights, context):
             return
         x_0 = round_.trajectory.final

@@ -42,6 +42,11 @@ def _of_margin(margin: Tensor, beta: float, kind: Margin, offset: float | Tensor
             raise ValueError(f"preference: kind is {kind!r}; give 'logistic', 'squared' or 'hinge'.")
 
 
+def wins(margin: Tensor) -> Tensor:
+    """(B,) 1 where the better sample is ahead, 0 where it is behind, 1/2 where the margin (B,) is 0; detached."""
+    return (torch.sign(margin.detach()) + 1) / 2
+
+
 def denoising_margin(error_w: Tensor, error_l: Tensor, reference_w: Tensor | None = None, reference_l: Tensor | None = None) -> Tensor:
     """(B,) `-[(e_w - e_w_ref) - (e_l - e_l_ref)]` from the denoising errors (B,) of the better and the worse sample.
 

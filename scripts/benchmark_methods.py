@@ -1,0 +1,285 @@
+"""Every method on `shapes` with equal budgets: a Markdown table, docs/benchmarks-methods.json and two plots. Goes on where it was stopped.
+
+    python scripts/benchmark_methods.py [--seconds 60 | --queries 2400 | --steps N] [--methods draft ddpo] [--rewards shapes-clip]
+                                        [--seeds 0 1 2] [--output runs/benchmark-methods] [--docs docs]
+
+Every method that can be trained on a reward is, with the settings that `shapes` brings along for it, on the 832 training prompts. The
+budget is the same for all: seconds of training (a short probe says how many optimiser steps that is), reward queries, or optimiser steps;
+with none of the three each method takes its preset's steps. Methods on data get pairs that `diffalign pairs` makes with the same reward and
+the base model; the queries, network samples and seconds of that are theirs. Each run is a process of its own, and so is its peak memory.
+
+Judged on the 256 held-out prompts with 10 denoising steps and the same noise for all methods of a seed; KL and diversity on the first 64.
+The plots show the held-out reward at the run's checkpoints, mean over the seeds, between the lowest and the highest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import diffalign
+from diffalign import checkpoint, registry
+from diffalign.compare import COSTS, measure
+from diffalign.config import resolve
+from diffalign.evaluate import sample, score
+from diffalign.run import Run
+from diffalign.session import named_rewards
+
+JUDGES = ["shapes-clip", "shapes-checker", "shapes-all-right", "jpeg-compressibility"]
+DENOISING_STEPS, HELD_OUT, MEASURED = 10, 256, 64
+PROBE_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every run may take; all None: the preset's optimiser steps."""
+
+    seconds: float | None = None
+    queries: int | None = None
+    steps: int | None = None
+
+    @property
+    def name(self) -> str:
+        given = {key: value for key, value in vars(self).items() if value is not None}
+        return "-".join(f"{key}-{value:g}" for key, value in given.items()) or "preset"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training: a method, a reward, a seed, and the folder of pairs where the method wants data, with what they took."""
+
+    method: str
+    reward: str
+    seed: int
+    folder: Path
+    pairs: Path | None = None
+
+    @property
+    def data_costs(self) -> dict[str, float]:
+        return json.loads((self.pairs / "costs.json").read_text()) if self.pairs else dict.fromkeys(COSTS, 0)
+
+
+def wants(method: str) -> Any:
+    return registry.find("methods", method)[0].needs
+
+
+def can_train(method: str, reward: str) -> bool:
+    """Whether a method can be trained on a reward, on `shapes`: methods on edits have another model."""
+    differentiable = registry.find("rewards", reward)[0].differentiable
+    return wants(method).data != "edits" and (differentiable or not wants(method).differentiable_reward)
+
+
+def needs_pairs(method: str) -> bool:
+    return wants(method).data is not None and not wants(method).data_is_optional
+
+
+def make_pairs(folder: Path, reward: str, seed: int, count: int) -> Path:
+    """Pairs of the base model, and costs.json beside them."""
+    if not (folder / "costs.json").exists():
+        diffalign.make_policy(resolve({}).settings, train=False)  # imports and files are read by now
+        start = time.perf_counter()
+        diffalign.make_pairs("shapes", reward=reward, output=folder, pairs=count, seed=seed, sample_steps=DENOISING_STEPS)
+        seconds = time.perf_counter() - start
+        drawn = sum(len(json.loads(line)["scores"]) for line in (folder / "ranks.jsonl").read_text().splitlines())
+        costs = {"reward_queries": drawn, "network_samples": drawn * DENOISING_STEPS, "seconds": seconds}
+        (folder / "costs.json").write_text(json.dumps({**dict.fromkeys(COSTS, 0), **costs}) + "\n")
+    return folder
+
+
+def train(trial: Trial, folder: Path, **flags: Any) -> str | None:
+    """Train in a process of its own, from the start or from where it was stopped; None, or why it failed."""
+    given = {
+        "method": trial.method, "reward": trial.reward, "seed": trial.seed, "output": folder, "sample_steps": DENOISING_STEPS,
+        "sample_every": 10**6, "eval_rewards": f"[{','.join(JUDGES)}]", **({"data": trial.pairs} if trial.pairs else {}), **flags,
+    }  # fmt: skip
+    arguments = [f"--{name}={value}" for name, value in given.items()]
+    if (folder / "config.yaml").exists():
+        if (folder / "lora").exists():
+            return None
+        arguments = ["--resume", str(folder)]
+    command = [sys.executable, "-m", "diffalign", "train", *arguments]
+    process = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    errors = [line for line in process.stderr.splitlines() if line.startswith("error:")]
+    return None if process.returncode == 0 else errors[-1] if errors else process.stderr[-500:]
+
+
+def steps_for(trial: Trial, budget: Budget, probes: Path) -> int | str:
+    """Optimiser steps that the budget allows, by a probe where it has to be measured; or why the probe failed."""
+    preset = resolve({"method": trial.method}).settings.steps
+    if budget.steps is not None:
+        return budget.steps
+    if budget.seconds is None and (budget.queries is None or trial.pairs):
+        return preset
+    probe = probes / trial.method
+    failed = train(trial, probe, steps=PROBE_STEPS, eval_size=0)
+    if failed:
+        return failed
+    last = Run.open(probe).metrics[-1]
+    if budget.seconds is not None:
+        return max(1, int((budget.seconds - trial.data_costs["seconds"]) / last["seconds"] * PROBE_STEPS))
+    assert budget.queries is not None
+    return max(1, int(budget.queries / last["reward_queries"] * PROBE_STEPS))
+
+
+def run(trial: Trial, budget: Budget, probes: Path, points: int) -> dict[str, Any]:
+    """The record of a trial, from its folder where it is there already."""
+    about = {"method": trial.method, "reward": trial.reward, "seed": trial.seed}
+    if (trial.folder / "benchmark.json").exists():
+        return json.loads((trial.folder / "benchmark.json").read_text())
+    steps = steps_for(trial, budget, probes)
+    if isinstance(steps, str):
+        return {**about, "failed": steps}
+    print(f"{trial.folder}: {steps} steps", file=sys.stderr, flush=True)
+    kept = {"checkpoint_every": math.ceil(steps / points), "keep_checkpoints": points + 2}
+    failed = train(trial, trial.folder, steps=steps, eval_size=HELD_OUT, **kept)
+    if failed:
+        return {**about, "failed": failed}
+    done = Run.open(trial.folder)
+    costs = {name: done.metrics[-1][name] + trial.data_costs[name] for name in COSTS}
+    record = {**about, "steps": steps, **costs, "data": trial.data_costs, "evaluation": done.evaluation, **measure(done, MEASURED)}
+    record["curve"] = list(curve(done, trial))
+    (trial.folder / "benchmark.json").write_text(json.dumps(record) + "\n")
+    return record
+
+
+@torch.no_grad()
+def curve(done: Run, trial: Trial) -> Iterator[dict[str, float]]:
+    """Held-out reward of the base model, of the run's checkpoints, and at its end: the costs so far, and `held_out`."""
+    (reward,), policy, prompts = named_rewards([trial.reward]), done.policy, done.read_prompts("heldout")[:HELD_OUT]
+    chosen = {"steps": DENOISING_STEPS, "seed": trial.seed + 1, "batch_size": done.plan.settings.batch_size}
+    rows, data, ends = {int(row["step"]): row for row in done.metrics}, trial.data_costs, done.evaluation["rewards"][trial.reward]
+    yield {**data, "held_out": ends["before"]}
+    parameters = dict(policy.module.named_parameters())
+    for folder in sorted((done.path / "checkpoints").iterdir()):
+        tree = checkpoint.read(folder)
+        if 0 < tree["step"] < max(rows):
+            for name, value in tree["parameters"].items():
+                parameters[name].copy_(value)
+            media = sample(policy, prompts, suffix=done.plan.suffix, **chosen)
+            value = float(score(reward, media, prompts, policy, batch_size=chosen["batch_size"]).mean())
+            yield {**{name: rows[tree["step"]][name] + data[name] for name in COSTS}, "held_out": value}
+    yield {**{name: rows[max(rows)][name] + data[name] for name in COSTS}, "held_out": ends["after"]}
+
+
+def check_base(records: Sequence[Mapping[str, Any]]) -> None:
+    """Stop where the runs of a seed were judged on different base models: some were kept from before the model was trained again."""
+    for seed in {record["seed"] for record in records}:
+        runs = [r for r in records if r["seed"] == seed and "failed" not in r]
+        levels = [r["evaluation"]["rewards"]["shapes-clip"]["before"] for r in runs]
+        if levels and max(levels) - min(levels) > 1e-3:
+            sys.exit(
+                f"seed {seed}: the base model scores {min(levels):.4f} to {max(levels):.4f}, so it changed. Start with another --output."
+            )
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean, and the lowest and highest where there are several."""
+    text = f"{statistics.mean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def table(records: Sequence[Mapping[str, Any]], reward: str) -> Iterator[str]:
+    """Markdown of all runs on one reward: the base model, and a row a method, best first."""
+    judges = [reward, *(name for name in JUDGES if name != reward)]
+    costs = {"reward_queries": "queries", "network_samples": "network samples", "network_calls": "network calls"}
+    head = ["method", "steps", *(f"`{name}`" for name in judges), "KL", "diversity", *costs.values(), "seconds", "peak MB"]
+    by_method: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        if record["reward"] == reward and "failed" not in record:
+            by_method.setdefault(record["method"], []).append(record)
+
+    def levels(rows: Sequence[Mapping[str, Any]], when: str) -> list[str]:
+        of_judges = [spread([row["evaluation"]["rewards"][name][when] for row in rows]) for name in judges]
+        kl = "0" if when == "before" else spread([row["kl_to_base"] for row in rows], 2)
+        return [*of_judges, kl, spread([row["diversity"][when] for row in rows])]
+
+    def height(rows: Sequence[Mapping[str, Any]]) -> float:
+        return statistics.mean(row["evaluation"]["rewards"][reward]["after"] for row in rows)
+
+    yield "| " + " | ".join(head) + " |"
+    yield "| --- " * len(head) + "|"
+    for rows in list(by_method.values())[:1]:  # the same noise for all methods
+        yield "| " + " | ".join(["base model", "-", *levels(rows, "before"), *["-"] * 5]) + " |"
+    for method, rows in sorted(by_method.items(), key=lambda item: -height(item[1])):
+        cells = [method, f"{statistics.mean(row['steps'] for row in rows):,.0f}", *levels(rows, "after")]
+        cells += [f"{statistics.mean(row[name] for row in rows):,.0f}" for name in (*costs, "seconds", "peak_memory_mb")]
+        yield "| " + " | ".join(cells) + " |"
+
+
+def plot(records: Sequence[Mapping[str, Any]], rewards: Sequence[str], column: str, file: Path) -> None:
+    """Held-out reward against a cost: a panel for each reward, a line for each method."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(record["method"] for record in records))
+    figure = Figure(figsize=(5.5 * len(rewards) + 1.5, 4), layout="constrained")
+    for axes, reward in zip(figure.subplots(1, len(rewards), squeeze=False)[0], rewards, strict=True):
+        for i, name in enumerate(names):
+            curves = [r["curve"] for r in records if (r["method"], r["reward"]) == (name, reward) and "failed" not in r]
+            steps = list(zip(*curves, strict=False))  # of each checkpoint, a row a seed
+            x = [statistics.mean(row[column] for row in rows) for rows in steps]
+            heights = [[row["held_out"] for row in rows] for rows in steps]
+            look = {"color": colormaps["tab20"](i % 20), "linestyle": ("-", "--")[wants(name).data is not None]}
+            axes.plot(x, [statistics.mean(h) for h in heights], ".", label=name, **look)
+            axes.fill_between(x, [min(h) for h in heights], [max(h) for h in heights], color=look["color"], alpha=0.15)
+        axes.set(xlabel=column.replace("_", " "), ylabel=f"{reward}, held-out prompts")
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_png(file)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=registry.METHODS, default=list(registry.METHODS), metavar="NAME")
+    parser.add_argument("--rewards", nargs="+", choices=JUDGES, default=["shapes-clip", "jpeg-compressibility"], metavar="NAME")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    budgets = parser.add_mutually_exclusive_group()
+    budgets.add_argument("--seconds", type=float, help="of training, data included")
+    budgets.add_argument("--queries", type=int, help="reward queries; methods on data spend them on pairs, and take their preset's steps")
+    budgets.add_argument("--steps", type=int, help="optimiser steps")
+    parser.add_argument("--pairs", type=int, default=384, help="of the methods on data; with --queries half of those")
+    parser.add_argument("--points", type=int, default=4, help="held-out evaluations along a run")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-methods"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of benchmarks-methods.json and images/methods-*.png")
+    chosen = parser.parse_args()
+    os.environ |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}  # here and in the runs' processes
+    budget = Budget(chosen.seconds, chosen.queries, chosen.steps)
+    pairs, records = chosen.queries // 2 if chosen.queries else chosen.pairs, list[dict[str, Any]]()
+    for reward, seed, method in itertools.product(chosen.rewards, chosen.seeds, chosen.methods):
+        if can_train(method, reward):
+            data = chosen.output / "pairs" / f"{reward}-{pairs}" / f"seed-{seed}"
+            folder = chosen.output / budget.name / reward / method / f"seed-{seed}"
+            trial = Trial(method, reward, seed, folder, make_pairs(data, reward, seed, pairs) if needs_pairs(method) else None)
+            records.append(run(trial, budget, chosen.output / "probes" / reward, chosen.points))
+    check_base(records)
+    chosen.docs.mkdir(parents=True, exist_ok=True)
+    about = {"budget": budget.name, "denoising_steps": DENOISING_STEPS, "threads": torch.get_num_threads(), "runs": records}
+    (chosen.docs / "benchmarks-methods.json").write_text(json.dumps(about, indent=1) + "\n")
+    for name, column in (("queries", "reward_queries"), ("seconds", "seconds")):
+        plot(records, chosen.rewards, column, chosen.docs / "images" / f"methods-{name}.png")
+    for reward in chosen.rewards:
+        print(f"\n### Trained on `{reward}`, {len(chosen.seeds)} seeds, budget: {budget.name}\n")
+        print("\n".join(table(records, reward)))
+    failed = [record for record in records if "failed" in record]
+    for record in failed:
+        print(f"FAILED: {record['method']} on {record['reward']}, seed {record['seed']}: {record['failed']}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
