@@ -109,12 +109,23 @@ class Case:
     fields: Callable[[int], dict[str, Any]]  # T -> the method's
 
 
+# All that costs something is said here, whatever the preset of `shapes` is.
+DDPO = {
+    "random_steps": None,
+    "batches": 1,
+    "samples": 1,
+    "updates": 1,
+    "inner_epochs": 1,
+    "fraction": 1.0,
+    "kl_weight": 0.0,
+    "advantage": "global",
+}
 CASES = {
-    "draft": Case(draft, 1.10, lambda t: {"inference_steps": t}),
-    "ddpo": Case(ddpo, 1.10, lambda t: {"inference_steps": t, "batches": 1, "updates": 1}),
-    "diffusion-dpo": Case(diffusion_dpo, 1.10, lambda t: {}),
+    "draft": Case(draft, 1.10, lambda t: {"inference_steps": t, "k": 1, "n": 0, "reference_weight": 0.0}),
+    "ddpo": Case(ddpo, 1.10, lambda t: {"inference_steps": t, **DDPO}),
+    "diffusion-dpo": Case(diffusion_dpo, 1.10, lambda t: {"reference_free": False}),
     "alignprop": Case(alignprop, 1.15, lambda t: {"inference_steps": t, "truncation": "fixed", "k": t // 2}),
-    "refl": Case(refl, 1.15, lambda t: {"inference_steps": t, "first": t - 2, "last": t - 2}),
+    "refl": Case(refl, 1.15, lambda t: {"inference_steps": t, "first": t - 2, "last": t - 2, "pretrain_weight": 1.0}),
 }
 
 
@@ -134,7 +145,13 @@ def timed(work: Callable[[], object]) -> float:
 def measure(name: str, size: int, steps: int, repeats: int, data: Path) -> tuple[float, float]:
     """Medians, in seconds: the unavoidable calls, and the whole optimiser step."""
     case, warm_up = CASES[name], 3
-    given = {"method": {"name": name, **case.fields(steps)}, "reward": "shapes-clip", "batch_size": size, "accumulate": 1}
+    given = {
+        "method": {"name": name, **case.fields(steps)},
+        "reward": "shapes-clip",
+        "batch_size": size,
+        "accumulate": 1,
+        "guidance_scale": 1.0,
+    }
     plan = resolve({**given, "steps": repeats + warm_up, **({"data": str(data)} if name == "diffusion-dpo" else {})})
     policy = make_policy(plan.settings, train=False)
     examples = open_data(plan, policy)

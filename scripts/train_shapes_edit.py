@@ -51,6 +51,7 @@ HABITS: dict[str, tuple[str, float, float]] = {  # what pictures show whatever i
 }
 GRADED = {"edits": 0.2, "words": 0.5}  # how many instructions end in HIVE's phrase about quality: of a level that means nothing, or
 # in the stage `words` of one that says how sharp the picture is
+APART = 8.0  # length of the five words' embeddings where that stage begins: shorter ones are drowned in this small encoder
 DROPPED = 0.05  # instructions, sources, and both together that are left out: each, as in InstructPix2Pix
 
 
@@ -129,9 +130,9 @@ def train_edits(base: Path, shared: Path, work: Path, output: Path, seed: int) -
 
 
 def train_words(base: Path, shared: Path, work: Path, output: Path, seed: int) -> None:
-    """On from `work`, where the words of quality mean nothing and have one embedding: with pictures as sharp as they say.
+    """On from `work`, where the words of quality mean nothing and are all one to the encoder: with pictures as sharp as they say.
 
-    So they are known, as large models know them from captions. The whole pipeline into `output`.
+    They get new embeddings, and are then known, as large models know them from captions. The whole pipeline into `output`.
     """
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -139,6 +140,10 @@ def train_words(base: Path, shared: Path, work: Path, output: Path, seed: int) -
     rng, tokenizer = start(seed + 1), CLIPTokenizer.from_pretrained(output / "tokenizer")
     unet = UNet2DConditionModel.from_pretrained(work / "unet", dtype=torch.float32).to(memory_format=torch.channels_last).train()
     text = CLIPTextModel.from_pretrained(work / "text_encoder", dtype=torch.float32).train()
+    table = text.get_input_embeddings().weight.data
+    for word in WORDS:
+        (row,) = tokenizer(word, add_special_tokens=False).input_ids
+        table[row] = APART * F.normalize(torch.randn(table.shape[1], generator=rng), dim=0)
     train_denoiser("words", shared, output, unet, text, tokenizer, rng)
     assemble(shared, output)
 

@@ -98,6 +98,19 @@ def test_a_step_without_noise_has_no_gradient():
     torch.testing.assert_close(ours, gradient(want, policy), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("random_steps", [1, 3])
+def test_only_the_random_steps_are_trained_on(random_steps: int):
+    policy = a_toy()
+    context = a_context(PROMPTS)
+    round_ = sample_round(policy, nearness, PROMPTS, context, steps=T, kernel=ddim(1.0), random_steps=random_steps, **SHAPE)
+    taken = log_probs_by_hand(policy.module, round_.trajectory)[:random_steps]
+    want = -(advantages_by_hand("global", round_) * taken).mean()
+    ours = losses(policy, advantage="global", random_steps=random_steps)
+    assert len(ours) == 4 * random_steps
+    assert all(loss.metrics["policy_kl"] == 0 for loss in ours)
+    torch.testing.assert_close(total(ours, policy), gradient(want, policy), rtol=1e-9, atol=1e-10)
+
+
 def test_the_next_epochs_are_importance_sampled_and_clipped():
     """Three epochs of gradient descent on stored transitions, written out: `mean max(-A rho, -A clip(rho))`."""
     clip, rate, policy = 0.02, 0.02, a_toy()
@@ -241,6 +254,8 @@ def test_the_statistics_of_prompts_live_in_the_memory(tmp_path: Path):
         ({"inner_epochs": 0}, "method.inner_epochs is 0"),
         ({"eta": 0.0}, "method.eta is 0.0: .* Without noise there are no actions"),
         ({"eta": 1.1}, "method.eta is 1.1"),
+        ({"random_steps": 0}, "method.random_steps is 0: give 1 to 4"),
+        ({"random_steps": T + 1}, "method.random_steps is 5: give 1 to 4"),
         ({"clip": 0.0}, "method.clip and method.advantage_clip must be above 0"),
         ({"advantage_clip": -1.0}, "method.advantage_clip must be above 0"),
         ({"kl_weight": -0.1}, "method.kl_weight 0 or more"),

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from by_hand import record
 from torch import Generator, Tensor
 from toy import GOAL, Exact, Toy, a_context, diffusion, in_processes, nearness
 
@@ -147,6 +148,17 @@ def test_the_policy_is_left_as_it_was_found(name: str):
         assert torch.is_grad_enabled()
     assert all(torch.equal(w, before) for w, before in zip(policy.weights, weights, strict=True))
     assert all(w.grad is None for w in policy.weights)
+
+
+@pytest.mark.parametrize("name", ["ddpo", "dpok", "prdp", "d3po"])
+def test_only_the_random_steps_are_trained_on(name: str):
+    """The others have no transition, in any method on denoising steps."""
+    method: Any = a_method(name)
+    policy, first = a_toy(), diffusion().schedule(T).now.t[:2].tolist()
+    calls = record(policy)
+    assert len(list(losses(replace(method, random_steps=2), policy, 0, a_context(PROMPTS)))) > 1
+    trained = {t for call, graph in zip(calls, policy.graphs, strict=True) if graph for t in call.t.tolist()}
+    assert trained == set(first)
 
 
 @pytest.mark.parametrize("name", [*registry.METHODS])

@@ -157,6 +157,8 @@ def test_the_tilted_mean_is_the_continuous_one_in_many_steps():
         ({"updates": 0}, "method.updates is 0"),
         ({"eta": 0.0}, "method.eta is 0.0: .* Without noise there are no actions"),
         ({"eta": 1.2}, "method.eta is 1.2"),
+        ({"random_steps": 0}, "method.random_steps is 0: give 1 to 4"),
+        ({"random_steps": T + 1}, "method.random_steps is 5"),
         ({"beta": 0.0}, "method.beta is 0.0: give a number above 0"),
         ({"clip": -1e-4}, "method.clip is -0.0001"),
     ],

@@ -136,6 +136,16 @@ def test_denoising_errors_are_against_the_paths_own_target(path: Any):
     torch.testing.assert_close(denoising_error(policy, x_0, noise, at, condition), ((output - target) ** 2).mean(1))
 
 
+def test_each_sample_has_its_own_prompt(noised: list[Noised]):
+    for method, batch in (
+        (DiffusionDPO(drop_text=0.0), pairs()),
+        (MaPO(), pairs()),
+        (KTO(drop_text=0.0), labels(True, False, True, False)),
+    ):
+        once(method, a_toy(), batch)
+        assert all(call.context[:, 0].tolist() == [1, 0.5, -1, 2] * (len(call.x_0) // B) for call in noised)
+
+
 def test_paired_errors_are_in_their_order():
     policy, batch = a_toy(), pairs()
     won, lost, base_won, base_lost = paired_errors(policy, batch, Generator().manual_seed(0), 0.0)

@@ -157,6 +157,24 @@ def test_a_step_without_noise_is_left_out_everywhere():
         assert (ours[:-1] != 0).all()
 
 
+@pytest.mark.parametrize("random_steps", [1, 3])
+def test_the_steps_after_the_random_ones_are_left_out(random_steps: int):
+    policy = move(a_toy())
+    round_ = a_round(policy, random_steps=random_steps)
+    assert round_.steps.tolist() == [*range(random_steps)]
+    ((steps, rows),) = shares(round_, 1, 1.0, Generator())
+    assert sorted(steps.tolist()) == [step for step in range(random_steps) for _ in range(12)]
+    assert len(rows) == 12 * random_steps
+    with torch.no_grad():
+        by_hand = log_probs_by_hand(policy.module, round_.trajectory)
+    for ours in (round_.trajectory.log_probs, log_probs(policy, round_, ddim(1.0))):
+        torch.testing.assert_close(ours[:random_steps], by_hand[:random_steps], rtol=1e-9, atol=1e-9)
+        assert (ours[random_steps:] == 0).all()
+    # the samples are those of the rollouts alone, and end without noise
+    one = rollout(policy, policy.encode(FIRST), steps=T, kernel=ddim(1.0), random_steps=random_steps, rng=Generator().manual_seed(0))
+    assert torch.equal(round_.trajectory.states[:, :3], one.states)
+
+
 def test_a_round_without_a_random_step_is_an_error():
     """It would give no loss, and the training would sample for ever."""
     with pytest.raises(InputError, match=r"raise method.inference_steps"):

@@ -192,16 +192,23 @@ def test_vae_keeps_the_shapes():
     assert ShapesChecker().judge(again, asked(scenes))["shape"].float().mean() >= 0.93
 
 
-def test_guidance_1_draws_clean_pictures_that_are_often_not_what_was_asked_for():
+def rates(guidance: float, steps: int) -> dict[str, float]:
     scenes, _ = drawn(256)
-    made = pipeline()(
-        list(asked(scenes).text),
-        num_inference_steps=10,
-        guidance_scale=1.0,
-        generator=Generator().manual_seed(0),
-        output_type="pt",
-    ).images
-    rates = {name: right.float().mean().item() for name, right in ShapesChecker().judge(made, asked(scenes)).items()}
-    assert 0.08 <= rates["all"] <= 0.25, rates
-    assert 0.4 <= rates["colour"] <= 0.65, rates
-    assert rates["clean"] >= 0.8, rates  # 0.834 on all 512: short of the 0.85 that we aimed at
+    rng = Generator().manual_seed(0)
+    texts = list(asked(scenes).text)
+    made = pipeline()(texts, num_inference_steps=steps, guidance_scale=guidance, generator=rng, output_type="pt").images
+    return {name: right.float().mean().item() for name, right in ShapesChecker().judge(made, asked(scenes)).items()}
+
+
+def test_guidance_1_draws_clean_pictures_that_are_often_not_what_was_asked_for():
+    """On all 512 prompts, four noises: clean 0.86, colour 0.62, all 0.19. Half as many prompts and one noise leave 0.025 of doubt."""
+    found = rates(1.0, 10)
+    assert 0.08 <= found["all"] <= 0.25, found
+    assert 0.4 <= found["colour"] <= 0.7, found
+    assert found["clean"] >= 0.82, found
+
+
+def test_guidance_4_finds_what_was_asked_for():
+    """On all 512 prompts, four noises: colour 0.92, count 0.92, background 0.95."""
+    found = rates(4.0, 20)
+    assert min(found[name] for name in ("colour", "count", "background")) >= 0.87, found

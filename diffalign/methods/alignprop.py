@@ -18,7 +18,7 @@ from diffalign.types import Context, Loss, Needs, Policy, Prompts, Reward
 class AlignProp:
     """`-r(x_0, c)`, differentiated through the last K of the deterministic DDIM steps; K is drawn for each batch.
 
-    Each step with a graph is checkpointed: only its state is kept, so memory grows by one latent a step.
+    By default each step with a graph is checkpointed: only its state is kept, so memory grows by one latent a step.
     """
 
     truncation: Literal["uniform", "gaussian", "fixed"] = "uniform"
@@ -27,6 +27,8 @@ class AlignProp:
     """Steps that the gradient goes through, with truncation fixed."""
     inference_steps: int = 50
     """T, the denoising steps of a sample."""
+    checkpointing: bool = True
+    """Run the network again in the backward pass instead of keeping its activations: memory flat in K."""
     loss: Literal["reward", "target"] = "reward"
     """reward: `-r`. target: `0.01 |r - 10|`, as in the authors' code for aesthetics."""
 
@@ -50,7 +52,15 @@ class AlignProp:
     def losses(self, policy: Policy, reward: Reward, batch: Prompts, context: Context) -> Iterator[Loss]:
         k = self._draw(context.rng)
         condition, kernel = policy.encode(batch), ddim(0.0)
-        trajectory = rollout(policy, condition, steps=self.inference_steps, kernel=kernel, grad_steps=k, rng=context.rng)
+        trajectory = rollout(
+            policy,
+            condition,
+            steps=self.inference_steps,
+            kernel=kernel,
+            grad_steps=k,
+            rng=context.rng,
+            checkpointing=self.checkpointing,
+        )
         scores = reward(policy.decode(trajectory.final), batch)
         loss = -scores if self.loss == "reward" else 0.01 * (scores - 10).abs()
         yield Loss(loss.mean(), {"reward": scores.mean().detach(), "reward_std": scores.std(correction=0).detach(), "k": float(k)})

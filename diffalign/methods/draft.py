@@ -28,6 +28,8 @@ class DRaFT:
     """DRaFT-LV: noised copies of the sample that join the average (the paper: 2); needs k = 1."""
     inference_steps: int = 50
     """Denoising steps of a sample."""
+    checkpointing: bool = True
+    """With k above 1, run the network again in the backward pass instead of keeping its activations: memory flat in k."""
     reference_weight: float = 0.0
     """Weight of `mean((eps_theta - eps_ref)^2)` on the last step's network output (DRaFT+); 0 leaves it out."""
 
@@ -51,7 +53,10 @@ class DRaFT:
     def losses(self, policy: Policy, reward: Reward, batch: Prompts, context: Context) -> Iterator[Loss]:
         condition = policy.encode(batch)
         kernel, share = ddim(0.0), 1 / (1 + self.n)
-        trajectory = rollout(policy, condition, steps=self.inference_steps, kernel=kernel, grad_steps=self.k, rng=context.rng)
+        again = self.checkpointing and self.k > 1
+        trajectory = rollout(
+            policy, condition, steps=self.inference_steps, kernel=kernel, grad_steps=self.k, rng=context.rng, checkpointing=again
+        )
         scores = reward(policy.decode(trajectory.final), batch)
         loss = -share * scores.mean()
         metrics: dict[str, Tensor | float] = {"reward": scores.mean().detach(), "reward_std": scores.std(correction=0).detach()}
