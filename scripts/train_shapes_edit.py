@@ -140,7 +140,8 @@ def train_words(base: Path, shared: Path, work: Path, output: Path, seed: int) -
     rng, tokenizer = start(seed + 1), CLIPTokenizer.from_pretrained(output / "tokenizer")
     unet = UNet2DConditionModel.from_pretrained(work / "unet", dtype=torch.float32).to(memory_format=torch.channels_last).train()
     text = CLIPTextModel.from_pretrained(work / "text_encoder", dtype=torch.float32).train()
-    table = text.get_input_embeddings().weight.data
+    embeddings: Any = text.get_input_embeddings()
+    table = embeddings.weight.data
     for word in WORDS:
         (row,) = tokenizer(word, add_special_tokens=False).input_ids
         table[row] = APART * F.normalize(torch.randn(table.shape[1], generator=rng), dim=0)

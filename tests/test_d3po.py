@@ -42,16 +42,18 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def test_the_loss_on_two_transitions_by_hand():
-    """`-log sigmoid(beta (log rho_w - log rho_l))`, rho cut to [0.9, 1.1]: one of the four ratios is, and has no gradient."""
-    beta, policy = 3.0, move(a_toy(), 0.05)
+@pytest.mark.parametrize(("seed", "bound"), [(3, 0.9), (2, 1.1)])
+def test_the_loss_on_two_transitions_by_hand(seed: int, bound: float):
+    """`-log sigmoid(beta (log rho_w - log rho_l))`, rho cut to [0.9, 1.1]: in the second step one is cut, and has no gradient."""
+    beta, policy = 3.0, move(a_toy(), 0.05, seed)
     stored = its_round(policy)
     win, lose = (0, 1) if stored.scores[0] > stored.scores[1] else (1, 0)
     base = log_probs_by_hand(policy.base, stored.trajectory).detach()
     log_ratio = log_probs_by_hand(policy.module, stored.trajectory) - base
     rho = log_ratio.detach().exp()
     outside = (rho < 0.9) | (rho > 1.1)
-    assert 0 < int(outside.sum()) < 4
+    assert outside[1].sum() == 1
+    assert (rho[1].clamp(0.9, 1.1) == bound).any()
 
     want, slope = 0.0, torch.zeros_like(gradient(log_ratio[0, 0], policy))
     log_ratio = log_probs_by_hand(policy.module, stored.trajectory) - base
