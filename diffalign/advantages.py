@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,13 +12,13 @@ from torch import Tensor
 from diffalign.errors import InputError
 from diffalign.types import Context
 
-Kind = Literal["global", "per_prompt", "group", "loo", "greedy"]
+Kind = Literal["global", "per_prompt", "group", "group_global", "loo", "greedy"]
 
 
 def advantages(
     kind: Kind,
     scores: Tensor,
-    prompts: Sequence[str],
+    keys: Sequence[str],
     context: Context,
     *,
     greedy: Tensor | None = None,
@@ -29,22 +29,26 @@ def advantages(
 ) -> Tensor:
     """(N,) advantages of a round's scores (N,) for its prompts (N,), clipped to +-clip; fp32 or better, on the scores' device.
 
+    Prompts are told apart by their `keys` (`Prompts.keys`).
+
     - `global`: `(r - mean) / (std + epsilon)` over the round
     - `per_prompt`: the same over the last `buffer` scores of the prompt, this round's included; over the round until there are `least`
       (DDPO, arXiv 2305.13301, and its public code)
     - `group`: the same over the prompt's samples in this round; 0 where all are equal (GRPO, arXiv 2402.03300)
+    - `group_global`: r minus the mean of the prompt's samples, over the deviation of the whole round (Flow-GRPO, arXiv 2505.05470, and its
+      public code)
     - `loo`: r minus the mean of the prompt's other samples in this round (RLOO, arXiv 2402.14740)
     - `greedy`: r minus `greedy` (N,), the scores of the deterministic samples (ReMax, arXiv 2310.10505)
 
-    std is the population's. Statistics are over all processes, N being the same in each: every process must call. Prompts are told apart
-    by their text. `per_prompt` keeps its scores in `context.memory["prompt_scores"]`, the same in every process.
+    std is the population's. Statistics are over all processes, N being the same in each: every process must call. `per_prompt` keeps its
+    scores in `context.memory["prompt_scores"]`, the same in every process.
 
-    Raises InputError where `group` or `loo` finds a single sample of a prompt, where `least` is not from 1 to `buffer`; ValueError
-    for scores that are not finite (in every process) or not (N,), for `greedy` without greedy scores, and for another kind.
+    Raises InputError where `group`, `group_global` or `loo` finds a single sample of a prompt, where `least` is not from 1 to `buffer`;
+    ValueError for scores that are not finite (in every process) or not (N,), for `greedy` without greedy scores, and for another kind.
     """
-    if scores.shape != (len(prompts),) or (greedy is not None and greedy.shape != scores.shape):
+    if scores.shape != (len(keys),) or (greedy is not None and greedy.shape != scores.shape):
         shapes = tuple(scores.shape), None if greedy is None else tuple(greedy.shape)
-        raise ValueError(f"advantages: scores and greedy scores of shapes {shapes} for {len(prompts)} prompts; both are (N,).")
+        raise ValueError(f"advantages: scores and greedy scores of shapes {shapes} for {len(keys)} prompts; both are (N,).")
     if not 1 <= least <= buffer:
         raise InputError(f"{least} scores of a prompt are to be seen, of {buffer} that are kept: give 1 to {buffer}.")
     mine = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
@@ -58,7 +62,7 @@ def advantages(
     everyone = context.processes.gather(mine).cpu().double()
     if not bool(everyone.isfinite().all()):
         raise ValueError(f"advantages: {int((~everyone.isfinite()).sum())} of {len(everyone)} scores are not finite.")
-    texts = context.processes.gather(torch.tensor([_hash(p) for p in prompts], device=mine.device)).cpu()
+    texts = context.processes.gather(torch.tensor([_hash(key) for key in keys], device=mine.device)).cpu()
     match kind:
         case "greedy":
             values = everyone
@@ -68,12 +72,16 @@ def advantages(
             values = _standardised(everyone, *_running_moments(everyone, texts, context, buffer, least), epsilon)
         case "group":
             values = _standardised(everyone, *_moments(everyone, _groups(kind, texts)[0]), epsilon)
+        case "group_global":
+            mean, _ = _moments(everyone, _groups(kind, texts)[0])
+            _, std = _moments(everyone, torch.zeros_like(texts))
+            values = _standardised(everyone, mean, std, epsilon)
         case "loo":
             group, size = _groups(kind, texts)
             mean, _ = _moments(everyone, group)
             values = (everyone - mean) * (size / (size - 1))  # r - (sum - r) / (k - 1)
         case _:
-            raise ValueError(f"advantages: kind is {kind!r}; give 'global', 'per_prompt', 'group', 'loo' or 'greedy'.")
+            raise ValueError(f"advantages: kind is {kind!r}; give one of {', '.join(map(repr, get_args(Kind)))}.")
     start = context.processes.rank * len(scores)
     return values[start : start + len(scores)].clamp(-clip, clip).to(mine)
 

@@ -12,13 +12,14 @@ import torch
 from diffalign import registry
 from diffalign.config import Plan, resolve
 from diffalign.console import say
+from diffalign.contract import CheckedReward
 from diffalign.data import check_prompts, read_prompts
 from diffalign.errors import InputError
 from diffalign.media import read_image
 from diffalign.models import make_policy, prepare_to_train
 from diffalign.preflight import Finding, preflight
 from diffalign.run import Run
-from diffalign.session import check_reward, eval_rewards, evaluate_into, named_rewards, open_data, prompt_lists, start
+from diffalign.session import check_reward, eval_rewards, evaluate_into, given_prompts, named_rewards, open_data, prompt_lists, start
 from diffalign.settings import LIVE
 from diffalign.types import Prompts
 
@@ -74,10 +75,10 @@ def evaluate_run(
     limit: int | None = None,
     seed: int | None = None,
     output: str | Path | None = None,
-) -> None:
-    """Evaluate a finished run on held-out prompts, by default as its training did at its end; print the table and write it."""
+) -> dict[str, Any]:
+    """Evaluate a finished run on held-out prompts, by default as its training did at its end; write what was found, and return it."""
     plan = run.plan
-    checked = named_rewards(rewards) if rewards else eval_rewards(plan)
+    checked = named_rewards(rewards) if rewards else _own_rewards(run)
     if not checked:
         raise InputError(f"{run.path} was trained on a reward given as a Python object: name others with --reward NAME.")
     texts = read_prompts(prompts, "heldout") if prompts else run.read_prompts("heldout")
@@ -90,8 +91,17 @@ def evaluate_run(
     if seed is not None and seed < 0:
         raise InputError(f"--seed is {seed}: give a whole number from 0.")
     seed = plan.settings.seed + 1 if seed is None else seed
-    evaluate_into(plan, run.policy, checked, texts[:limit], seed, target, target.with_suffix(".png"))
+    results = evaluate_into(plan, run.policy, checked, texts[:limit], seed, target, target.with_suffix(".png"))
     say(f"Written: {target} and {target.with_suffix('.png')}")
+    return results
+
+
+def _own_rewards(run: Run) -> list[CheckedReward]:
+    """The rewards that the run's training evaluates on; raises InputError where one of them is gone."""
+    try:
+        return eval_rewards(resolve(run.config))
+    except InputError as error:
+        raise InputError(f"A reward of {run.path} cannot be had: {error} Put it back, or name others with --reward NAME.") from error
 
 
 def score_files(reward: str, files: Sequence[Path], prompt: str | None = None, source: Path | None = None) -> Iterator[tuple[Path, float]]:
@@ -108,8 +118,9 @@ def score_files(reward: str, files: Sequence[Path], prompt: str | None = None, s
 
 def check(plan: Plan) -> Iterator[Finding]:
     """The preflight of a plan: see `diffalign.preflight`."""
+    given = given_prompts(plan.settings)
     policy = make_policy(plan.settings, train=False)
     data = open_data(plan, policy)
-    prompts, _ = prompt_lists(plan.settings, None, None, data)
+    prompts, _ = prompt_lists(plan.settings, *given, data)
     check_reward(plan, policy, prompts)
     yield from preflight(plan, prepare_to_train(policy, plan.settings), prompts, data[0] if data else None)

@@ -1,4 +1,4 @@
-"""Checkpoints: a tree of tensors and plain values as a folder, written whole or not at all."""
+"""Files and folders that are written whole or not at all, and checkpoints: a tree of tensors and plain values as such a folder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,50 @@ from diffalign.errors import InputError
 TENSORS, TREE, SUMS = "tensors.safetensors", "tree.json", "sha256.json"
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file or a folder to. When the block ends it is on the disk, and in the place of `path`.
+
+    Where the block fails, or the process dies, `path` is what it was. A folder that is replaced is away for an instant.
+    """
+    draft, old = path.with_name(f".{path.name}.draft"), path.with_name(f".{path.name}.old")
+    _remove(draft)
+    try:
+        yield draft
+        for part in (*draft.rglob("*"), draft):
+            _sync(part)
+    except BaseException:
+        _remove(draft)
+        raise
+    if path.is_dir():  # a folder that holds something cannot be replaced in one move
+        _remove(old)
+        path.rename(old)
+    draft.replace(path)
+    _remove(old)
+    _sync(path.parent)  # the move itself
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError) if path.is_dir() else nullcontext():  # some network disks can sync files alone
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _flatten(tree: Any, tensors: dict[str, Tensor], path: str) -> Any:
     if isinstance(tree, Tensor):
-        tensors[path] = tree.detach().cpu().clone().contiguous()
-        return {"tensor": path}
+        name = f"{len(tensors)}:{path}"  # numbered: the path alone is no name, since keys may hold a slash, or be 1 and "1"
+        tensors[name] = tree.detach().cpu().clone().contiguous()
+        return {"tensor": name}
     if isinstance(tree, dict):
         # keys may be numbers (an optimiser's state), which JSON would turn into text
         return {"dict": [[key, _flatten(value, tensors, f"{path}/{key}")] for key, value in tree.items()]}
@@ -59,26 +101,20 @@ def write(folder: Path, step: int, tree: Any, keep: int) -> Path:
     Raises InputError where the disk does not take it; the checkpoints before are left as they were.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    final, draft = folder / f"step-{step:06d}", folder / f".step-{step:06d}"
+    final = folder / f"step-{step:06d}"
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_flatten(tree, tensors, ""))
-    shutil.rmtree(draft, ignore_errors=True)
     try:
-        draft.mkdir()
-        (draft / TREE).write_text(text)
-        save_file(tensors, draft / TENSORS)
-        (draft / SUMS).write_text(json.dumps({name: _digest(draft / name) for name in (TREE, TENSORS)}))
-        for file in draft.iterdir():
-            with file.open("rb") as f:
-                os.fsync(f.fileno())
+        with whole(final) as draft:
+            draft.mkdir()
+            (draft / TREE).write_text(text)
+            save_file(tensors, draft / TENSORS)
+            (draft / SUMS).write_text(json.dumps({name: _digest(draft / name) for name in (TREE, TENSORS)}))
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(draft, ignore_errors=True)
         raise InputError(
             f"The checkpoint of step {step} could not be written ({error}). Those before it are whole: mend the disk, then "
             f"diffalign train --resume {folder.parent}"
         ) from error
-    shutil.rmtree(final, ignore_errors=True)  # an incomplete one of the same step, met by a resumed run
-    draft.rename(final)
     for old in sorted(folder.glob("step-*"), key=_step)[: -max(keep, 1)]:
         shutil.rmtree(old)
     return final
@@ -88,10 +124,10 @@ def read(folder: Path) -> Any:
     """The tree in `folder`; raises InputError where a file is missing, cut short or changed."""
     try:
         sums = json.loads((folder / SUMS).read_text())
-        whole = all(_digest(folder / name) == sums[name] for name in (TREE, TENSORS))
+        intact = all(_digest(folder / name) == sums[name] for name in (TREE, TENSORS))
     except (OSError, ValueError, KeyError):
-        whole = False
-    if not whole:
+        intact = False
+    if not intact:
         raise InputError(f"The checkpoint {folder} is incomplete or damaged.")
     return _unflatten(json.loads((folder / TREE).read_text()), load_file(folder / TENSORS))
 

@@ -61,9 +61,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(f"The disk is full ({error}). Make room: the checkpoints before are whole, and --resume goes on.", 2, debug)
         if isinstance(error, OSError):
             return _fail(f"{error}.", 2, debug)
-        if type(error).__name__ == "OutOfMemoryError":
-            return _fail(f"Out of memory ({str(error).splitlines()[0]}). Lower --batch-size, and raise --accumulate.", 2, debug)
+        if (memory := _out_of_memory(error)) is not None:
+            return _fail(f"Out of memory ({memory}). Lower --batch-size and raise --accumulate, or lower --height and --width.", 2, debug)
         return _fail(f"{type(error).__name__}: {error}\nThis is a fault in diffalign or in a plug-in; --debug shows where.", 1, debug)
+
+
+def _out_of_memory(error: Exception) -> str | None:
+    """What torch or numpy say of memory that is not there; None for other errors. On a CPU and on Apple's GPUs torch has no type for it."""
+    said = re.search(r"DefaultCPUAllocator: .*|MPS backend out of memory.*", str(error))
+    if said is None and not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+        return None
+    return said[0] if said else str(error).partition("\n")[0] or type(error).__name__
 
 
 def _fail(message: str, status: int, debug: bool) -> int:
@@ -99,61 +107,20 @@ def _parser(command: str, example: str) -> argparse.ArgumentParser:
     )
 
 
-LISTS = ("--eval_rewards", "--log", "--lora.target_modules", "--betas")
-
-
-def _normal(arguments: list[str]) -> list[str]:
-    """Flags as the parser knows them: `--batch-size` is batch_size, `--method NAME` method.name, a bare `--full` true.
-
-    The words after a flag that takes several become a list: `--log tensorboard wandb`.
-    """
-    normal: list[str] = []
-    waiting = list(arguments)
-    while waiting:
-        argument = waiting.pop(0)
-        if not argument.startswith("--"):
-            normal.append(argument)
-            continue
-        flag, equals, value = argument.partition("=")
-        flag = "--" + flag[2:].replace("-", "_")
-        flag = {"--method": "--method.name", "--reward": "--reward.name"}.get(flag, flag)
-        if flag in LISTS:
-            words = [value] if equals else []
-            while not equals and waiting and not waiting[0].startswith("--"):
-                words.append(waiting.pop(0))
-            whole = len(words) == 1 and words[0].startswith(("[", "null"))
-            normal.append(f"{flag}={words[0] if whole else '[' + ', '.join(words) + ']'}")
-        elif flag == "--full" and not equals and waiting[:1] not in (["true"], ["false"]):
-            normal.append("--full=true")
-        else:
-            normal.append(flag + equals + value)
-    return normal
-
-
-def _value(arguments: list[str], flag: str) -> str | None:
-    """The last value of a flag, `--flag value` or `--flag=value`."""
-    found = None
-    for i, argument in enumerate(arguments):
-        if argument == flag and i + 1 < len(arguments):
-            found = arguments[i + 1]
-        elif argument.startswith(flag + "="):
-            found = argument.partition("=")[2]
-    return found
-
-
 def _plan(arguments: list[str], command: str) -> tuple[Plan, str | None] | None:
     """The plan of a train or check command line and its --output; None where help or the configuration was asked for, and printed."""
-    from diffalign.config import Names, build_parser, check_needs, flat, names_of, nested, parse, read_config, settle
+    from diffalign.config import Names, build_parser, check_needs, names_of, settle
+    from diffalign.flags import flat, nested, normal, parse, read_config, value_of
 
-    arguments = _normal(arguments)
-    file = _value(arguments, "--config")
-    config = nested(read_config(file)) if file else {}
+    arguments = normal(arguments)
+    file = value_of(arguments, "--config")
+    config = {} if file is None else nested(read_config(file))
     flags = {"method": "--method.name", "reward": "--reward.name", "pipeline": "--pipeline"}
-    said = {key: value for key, flag in flags.items() if (value := _value(arguments, flag)) is not None}
+    said = {key: value for key, flag in flags.items() if (value := value_of(arguments, flag)) is not None}
     names: Names = names_of({**config, **said})
     parser = build_parser(names, f"diffalign {command}")
     if {"-h", "--help"} & set(arguments):
-        print(_train_help(parser.format_help(), command))
+        print(_train_help(parser, command))
         return None
     if config:
         parse(parser, lambda: parser.parse_object(config))
@@ -162,6 +129,8 @@ def _plan(arguments: list[str], command: str) -> tuple[Plan, str | None] | None:
     show = "--print_config" in arguments
     parsed = parse(parser, lambda: parser.parse_args([a for a in arguments if a != "--print_config"]))
     output = parsed.pop("output")
+    if output == "":
+        raise InputError("output is empty: give a value, or leave it out.")
     plan = settle(parsed, names)
     check_needs(plan)
     if show:
@@ -172,14 +141,12 @@ def _plan(arguments: list[str], command: str) -> tuple[Plan, str | None] | None:
     return plan, output
 
 
-def _train_help(text: str, command: str) -> str:
-    text = re.sub(r"--(method|reward)\.name NAME", r"--\1 NAME", text)
-    text = re.sub(r"^  --lora CONFIG .*\n", "", text, flags=re.MULTILINE)
-    text = re.sub(r", --[\w.]+\+ \w+", "", text)
-    text = re.sub(r"--[\w.]+", lambda m: m[0].replace("_", "-"), text)
-    text = text.replace("--full {true,false}", "--full")
+def _train_help(parser: Any, command: str) -> str:
+    from diffalign.flags import help_of
+
     resume = "  --resume DIR          Go on with an interrupted run (alone, or with --steps N).\n" if command == "train" else ""
-    text = text.replace("options:\n", f"options:\n{resume}  --print-config        Show the resolved settings as YAML, and stop.\n", 1)
+    more = f"options:\n{resume}  --print-config        Show the resolved settings as YAML, and stop.\n"
+    text = help_of(parser).replace("options:\n", more, 1)
     return f"{text}\nexample: diffalign {command} --method draft --steps 100 --seed 1 --lora.rank 4"
 
 
@@ -191,7 +158,7 @@ def _quiet() -> None:
 
 def _train(arguments: list[str]) -> int:
     _quiet()
-    if _value(arguments, "--resume") is not None or "--resume" in arguments:
+    if any(argument.partition("=")[0] == "--resume" for argument in arguments):
         return _resume(arguments)
     resolved = _plan(arguments, "train")
     if resolved is None:
@@ -253,14 +220,15 @@ def _eval(arguments: list[str]) -> int:
     parser.add_argument("--reward", nargs="+", metavar="NAME", help="by default the run's")
     parser.add_argument("--prompts", help="a prompt file; by default the run's held-out prompts")
     parser.add_argument("--limit", type=int, help="use so many prompts; by default the run's eval_size")
-    parser.add_argument("--seed", type=int, help="of the noise; by default the run's")
+    parser.add_argument("--seed", type=int, help="of the noise; by default the run's seed + 1, as at the end of its training")
     parser.add_argument("--output", help="where to write; by default RUN/eval.json")
     chosen = parser.parse_args(arguments)
     _quiet()
     from diffalign.api import evaluate_run
+    from diffalign.console import comparison, show
     from diffalign.run import Run
 
-    evaluate_run(Run.open(chosen.run), chosen.reward, chosen.prompts, chosen.limit, chosen.seed, chosen.output)
+    show(comparison(evaluate_run(Run.open(chosen.run), chosen.reward, chosen.prompts, chosen.limit, chosen.seed, chosen.output)))
     return 0
 
 
@@ -283,13 +251,12 @@ def _score(arguments: list[str]) -> int:
 def _pairs(arguments: list[str]) -> int:
     _quiet()
     from diffalign import pairs
-    from diffalign.config import parse
+    from diffalign.flags import help_of, normal, parse, value_of
 
-    arguments = _normal(arguments)
-    parser = pairs.build_parser(_value(arguments, "--pipeline") or "shapes", _value(arguments, "--reward.name"))
+    arguments = normal(arguments)
+    parser = pairs.build_parser(value_of(arguments, "--pipeline") or "shapes", value_of(arguments, "--reward.name"))
     if {"-h", "--help"} & set(arguments):
-        text = re.sub(r"--[\w.]+", lambda m: m[0].replace("_", "-"), parser.format_help().replace("--reward.name NAME", "--reward NAME"))
-        print(f"{text}\nexample: diffalign pairs --reward shapes-clip --pairs 1000 --output pairs/shapes")
+        print(f"{help_of(parser)}\nexample: diffalign pairs --reward shapes-clip --pairs 1000 --output pairs/shapes")
         return 0
     settled = pairs.settle(parse(parser, lambda: parser.parse_args(arguments)))
     try:
@@ -332,16 +299,12 @@ def _compare(arguments: list[str]) -> int:
     parser.add_argument("--limit", type=int, default=32, help="held-out prompts for KL and diversity, by default 32; 0 leaves them out")
     chosen = parser.parse_args(arguments)
     _quiet()
-    from rich.console import Console
-
     from diffalign.compare import compare_runs, write
-    from diffalign.console import runs_table, say
+    from diffalign.console import runs_table, say, show
 
     compared = compare_runs(chosen.runs, chosen.limit)
     files = write(compared, Path(chosen.output).expanduser())
-    out = Console(highlight=False)
-    out = out if out.is_terminal else Console(highlight=False, width=200)
-    out.print(runs_table(compared["runs"]))
+    show(runs_table(compared["runs"]))
     for line in (*compared["notes"], f"Written: {' and '.join(map(str, files))}"):
         say(line)
     return 0

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import re
-import typing
 from argparse import SUPPRESS
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import docstring_parser
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from diffalign import registry
 from diffalign.contract import CheckedReward, FunctionReward, as_reward, short_name
-from diffalign.errors import InputError, nearest
+from diffalign.errors import InputError
+from diffalign.flags import flat, nested, parameters, parse, refuse_empty
 from diffalign.lora import LoRA
 from diffalign.settings import LIVE, Settings
 from diffalign.types import Method
@@ -27,6 +26,8 @@ from diffalign.types import Method
 DATA = {
     "pairs": "preference pairs: --data FOLDER with pairs.jsonl (prompt, chosen, rejected). Make some: diffalign pairs --reward NAME "
     "--prompts FILE --output FOLDER",
+    "trajectories": "preference pairs with their trajectories: --data FOLDER. Make some: diffalign pairs --trajectories --prompts FILE "
+    "--output FOLDER",
     "labels": "pictures that are liked or not: --data FOLDER with labels.jsonl (prompt, image, label) or pairs.jsonl. Make some: diffalign "
     "pairs --reward NAME --prompts FILE --output FOLDER",
     "edits": "edits: --data FOLDER with edits.jsonl (source, instruction, edited), or --data shapes-edit. Make some: diffalign edits "
@@ -63,23 +64,59 @@ class Plan:
         if "batches" not in method:
             total = size * self.settings.accumulate * processes
             return f"{size} samples x {self.settings.accumulate} batches x {processes} processes = {total} a step"
+        if self.settings.data is not None and self.method.needs.data_role == "instead":
+            total = size * method["batches"] * processes
+            return f"rounds of {size} pairs x {method['batches']} batches x {processes} processes = {total} pairs"
         samples = method.get("samples", 1)
         total = size * method["batches"] * samples * processes
         return f"rounds of {size} prompts x {method['batches']} batches x {samples} samples x {processes} processes = {total} samples"
 
     def config(self) -> dict[str, Any]:
-        """Nested plain values: what config.yaml holds and `--config` reads."""
+        """Nested plain values: what config.yaml holds and `--config` reads.
+
+        What was said relative to the working folder, in flags and config files alike, is absolute here: it means the same anywhere.
+        """
         assert is_dataclass(self.method)
         settings = asdict(self.settings)
-        settings["betas"] = list(self.settings.betas)
-        return {
-            "method": {"name": self.method_name, **asdict(self.method)},
-            "reward": {
-                "name": LIVE if self.reward_is_live else self.reward_name,
-                **{k: str(v) if isinstance(v, Path) else v for k, v in self.reward_fields.items()},
-            },
+        settings |= {name: _absolute(settings[name]) for name in ("prompts", "eval_prompts", "data")}
+        if Path(self.settings.pipeline).expanduser().is_dir():  # else a Hub id
+            settings["pipeline"] = _absolute(self.settings.pipeline)
+        if self.settings.eval_rewards is not None:
+            settings["eval_rewards"] = [_absolute_plugin(name) for name in self.settings.eval_rewards]
+        settings["lora"]["init"] = _absolute(self.settings.lora.init)
+        reward_name = self.reward_name and _absolute_plugin(self.reward_name)
+        config: dict[str, Any] = {
+            "method": {"name": _absolute_plugin(self.method_name), **asdict(self.method)},
+            "reward": {"name": LIVE if self.reward_is_live else reward_name, **self.reward_fields},
             **settings,
         }
+        return _plain(config)
+
+
+def _absolute(source: str | None) -> str | None:
+    """A file or folder from the root; None, names, and what is on the Hub as they are."""
+    if source is None or source in (*registry.MODELS, LIVE) or source.startswith("hf:"):
+        return source
+    return str(Path(source).expanduser().absolute())
+
+
+def _absolute_plugin(name: str) -> str:
+    """`path/to/file.py:Name` from the root; other names as they are."""
+    file, colon, attribute = name.rpartition(":")
+    return f"{_absolute(file)}:{attribute}" if colon and file.endswith(".py") else name
+
+
+def _plain(value: Any) -> Any:
+    """What YAML can hold, all the way down: lists for tuples, and text for paths, from the root."""
+    match value:
+        case Path():
+            return str(value.expanduser().absolute())
+        case Mapping():
+            return {key: _plain(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [_plain(inner) for inner in value]
+        case _:
+            return value
 
 
 def model_preset(pipeline: str, method: str) -> dict[str, Any]:
@@ -99,18 +136,6 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def parameters(thing: Any) -> dict[str, tuple[Any, Any, str]]:
-    """`name -> (type, default, help)` of a class's constructor; nothing for a function, which has been made already."""
-    if not isinstance(thing, type):
-        return {}
-    hints = typing.get_type_hints(thing if is_dataclass(thing) else thing.__init__)
-    about = {p.arg_name: " ".join((p.description or "").split()) for p in docstring_parser.parse_from_object(thing).params}
-    settled = {f.name for f in fields(thing) if not f.init} if is_dataclass(thing) else set()
-    made = {f.name: f.default_factory for f in fields(thing) if f.default_factory is not MISSING} if is_dataclass(thing) else {}
-    named = {n: p for n, p in inspect.signature(thing).parameters.items() if n not in settled and p.kind is not p.VAR_KEYWORD}
-    return {n: (hints.get(n, Any), made[n]() if n in made else p.default, about.get(n, "")) for n, p in named.items()}
-
-
 @dataclass(frozen=True)
 class Names:
     """What must be known before the flags are: whose flags they are."""
@@ -124,7 +149,8 @@ def build_parser(names: Names, prog: str = "diffalign train") -> ArgumentParser:
     """The parser of one training: the settings' flags, and those of the named method and reward, with their defaults layered."""
     method, method_fields = registry.find("methods", names.method)
     parser = ArgumentParser(prog=prog, exit_on_error=False, usage=f"{prog} [--method NAME] [--pipeline P] [--reward NAME] [options]")
-    parser.add_argument("--config", type=str | None, default=None, metavar="FILE", help="YAML file with these same names.")
+    about = "YAML file with these same names. Relative paths, here and in flags, are from the working folder; a run records absolute ones."
+    parser.add_argument("--config", type=str | None, default=None, metavar="FILE", help=about)
     parser.add_argument("--output", type=str | None, default=None, metavar="DIR", help="Run folder; by default a new one in runs/.")
     parser.add_argument("--versions", type=dict, default=None, help=SUPPRESS)
     parser.add_class_arguments(Settings, None)
@@ -146,89 +172,46 @@ def build_parser(names: Names, prog: str = "diffalign train") -> ArgumentParser:
     return parser
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return leaves
-
-
 def names_of(given: Mapping[str, Any]) -> Names:
-    """The three names among what was given, nested or as plain strings."""
+    """The three names among what was given, nested or as plain strings; raises InputError where one is none, or nothing has it."""
 
-    def name(key: str) -> str | None:
+    def name(key: str, default: str | None) -> str | None:
         value = given.get(key)
-        return value.get("name") if isinstance(value, Mapping) else value
+        value = value.get("name") if isinstance(value, Mapping) else value
+        if value is not None and (not isinstance(value, str) or not value.strip()):
+            raise InputError(f"{key} is {value!r}: give a name, or leave it out.")
+        return default if value is None else value
 
-    pipeline = given.get("pipeline") or "shapes"
-    method = name("method") or "draft"
+    pipeline, method = name("pipeline", "shapes"), name("method", "draft")
+    assert pipeline is not None
+    assert method is not None
     registry.find("methods", method)
     if pipeline != LIVE:
         registry.locate(pipeline)
-    reward = name("reward") or model_preset(pipeline, method).get("reward")
+    reward = name("reward", model_preset(pipeline, method).get("reward"))
     return Names(method, pipeline, None if reward == LIVE else reward)
-
-
-def read_config(path: str) -> dict[str, Any]:
-    """A config file as nested values; raises InputError where it is missing or no YAML mapping."""
-    file = Path(path).expanduser()
-    try:
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"There is no config file {file}.") from error
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is no YAML file ({' '.join(str(error).split())[:200]}).") from error
-    if not isinstance(loaded, dict):
-        raise InputError(f"{file} holds no settings: expected lines such as 'steps: 100'.")
-    return loaded
-
-
-def nested(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`method: draft` is short for `method: {name: draft}`; so with reward."""
-    short = {k: {"name": v} for k, v in given.items() if k in ("method", "reward") and not isinstance(v, Mapping)}
-    return {**given, **short}
-
-
-def parse(parser: ArgumentParser, read: Callable[[], Namespace]) -> Namespace:
-    """Run a parse; raises InputError with the nearest known name for an unknown one."""
-    try:
-        return read()
-    except ArgumentError as error:
-        message = str(error).strip()
-        unknown = re.search(r"unrecognized arguments: -*([\w.\-]+)|Option '([\w.]+)'|does not accept option '([\w.]+)'", message)
-        if unknown is None:
-            message = " ".join(re.sub(r"<class '(\w+)'>", r"\1", message).replace('Parser key "', "").replace('":', ":").split())
-            raise InputError(_dashed(f"{message}.")) from error
-        word = next(g for g in unknown.groups() if g).replace("-", "_")
-        group = re.search(r"[Gg]roup '(\w+)'", message)
-        word = f"{group[1]}.{word}" if group else word
-        known = [a.dest for a in parser._actions if a.dest not in ("help", "print_config", "versions")]
-        raise InputError(f"There is no setting '{word}'. {nearest(word, known)}") from error
-
-
-def _dashed(message: str) -> str:
-    return re.sub(r"--[\w.]+", lambda m: m[0].replace("_", "-"), message)
 
 
 def settle(parsed: Namespace, names: Names, reward: Any = None) -> Plan:
     """The plan of parsed values: method and reward made, before any model is loaded. `check_needs` is the caller's to call."""
     values: dict[str, Any] = deepcopy(parsed).as_dict()
     method_class, _ = registry.find("methods", names.method)
+    reward_class, _ = registry.find("rewards", names.reward) if names.reward is not None and reward is None else (None, {})
     method_fields = {k: v for k, v in values.pop("method").items() if k != "name"}
     reward_fields = {k: v for k, v in values.pop("reward").items() if k != "name"}
+    for name in ("config", "output", "versions"):
+        values.pop(name, None)
+    refuse_empty(values, Settings)
+    refuse_empty(values["lora"], LoRA, "lora.")
+    refuse_empty(method_fields, method_class, "method.")
+    refuse_empty(reward_fields, reward_class, "reward.")
     method = method_class(**method_fields)
     checked = None
     if reward is not None:
         checked = CheckedReward(as_reward(reward), names.reward or "reward")
     elif names.reward is not None:
-        found, _ = registry.find("rewards", names.reward)
-        checked = CheckedReward(as_reward(found(**reward_fields) if isinstance(found, type) else found), short_name(names.reward))
-    for name in ("config", "output", "versions"):
-        values.pop(name, None)
-    for name in values["log"]:
-        if importlib.util.find_spec(name) is None:
-            raise InputError(f"log: {name} is not installed: pip install 'diffalign[{name}]'")
+        made = reward_class(**reward_fields) if isinstance(reward_class, type) else reward_class
+        checked = CheckedReward(as_reward(made), short_name(names.reward))
     settings = Settings(**{**values, "lora": LoRA(**values["lora"]), "betas": tuple(values["betas"])})
     return Plan(settings, names.method, method, names.reward, checked, reward_fields, reward is not None)
 
@@ -236,13 +219,23 @@ def settle(parsed: Namespace, names: Names, reward: Any = None) -> Plan:
 def check_needs(plan: Plan) -> None:
     """Raise InputError where the method lacks what it cannot do without; nothing heavy has been loaded yet."""
     needs = plan.method.needs
-    if needs.reward and plan.reward is None:
-        raise InputError(f"{plan.method_name} needs a reward: --reward NAME. See: diffalign list rewards.")
-    if needs.data is not None and plan.settings.data is None and not needs.data_is_optional:
+    for name in plan.settings.log:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"log: {name} is not installed: pip install 'diffalign[{name}]'")
+    instead = needs.data_role == "instead" and needs.data is not None
+    if needs.reward and plan.reward is None and not (instead and plan.settings.data):
+        others = f" Or it takes, instead, {DATA[needs.data]}." if instead and needs.data else ""
+        raise InputError(f"{plan.method_name} needs a reward: --reward NAME. See: diffalign list rewards.{others}")
+    if needs.data is not None and plan.settings.data is None and needs.data_role == "only":
         raise InputError(f"{plan.method_name} trains on {DATA[needs.data]}. See docs/data.md.")
     if needs.data is None and plan.settings.data is not None:
         raise InputError(f"{plan.method_name} takes no data: drop --data. Its samples are its own.")
     if needs.differentiable_reward and plan.reward is not None and not plan.reward.differentiable:
+        if lacking := _undeclared(plan.reward.reward):
+            raise InputError(
+                f"{plan.method_name} follows the reward's gradient, and {plan.reward_name} does not declare {' and '.join(lacking)}: "
+                'give its class differentiable = True and modality = "image".'
+            )
         accept = [n for n in registry.METHODS if not registry.find("methods", n)[0].needs.differentiable_reward]
         others = f"Methods that accept it: {', '.join(accept)}." if accept else "No method of this version accepts it."
         raise InputError(
@@ -251,17 +244,26 @@ def check_needs(plan: Plan) -> None:
         )
 
 
+def _undeclared(reward: Any) -> list[str]:
+    """What an object that was taken for a bare callable leaves unsaid; nothing of a function, which cannot say it."""
+    thing = reward.function if isinstance(reward, FunctionReward) else reward
+    return [] if inspect.isroutine(thing) else [name for name in ("differentiable", "modality") if name not in dir(thing)]
+
+
 def name_of(reward: Any) -> str:
     """What a reward object is called in logs: its function's or its class's name."""
     function = reward.function if isinstance(reward, FunctionReward) else reward
     return getattr(function, "__name__", type(function).__name__)
 
 
-def resolve(given: Mapping[str, Any], reward: Any = None) -> Plan:
-    """The plan of nested values (the Python API, and a run's config.yaml); `reward` is an object in the place of a name."""
+def resolve(given: Mapping[str, Any], reward: Any = None, *, rewarded: bool = True) -> Plan:
+    """The plan of nested values (the Python API, and a run's config.yaml); `reward` is an object in the place of a name.
+
+    Where not `rewarded` the reward is left out, and need not be there any more.
+    """
     given = nested(given)
     names = names_of(given)
-    if reward is not None or names.reward is None:
+    if reward is not None or names.reward is None or not rewarded:
         names = Names(names.method, names.pipeline, None)
         given = {**given, "reward": {}}
     parser = build_parser(names)

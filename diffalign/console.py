@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch.distributed
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,8 +17,15 @@ console = Console(stderr=True, highlight=False)
 
 
 def say(message: str) -> None:
-    """One line for the person, on standard error; results go to standard output."""
-    console.print(message, markup=False, soft_wrap=True)
+    """One line for the person, on standard error, from the first process alone; results go to standard output, with `show`."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()):
+        console.print(message, markup=False, soft_wrap=True)
+
+
+def show(table: Table) -> None:
+    """A result, on standard output; 200 columns wide where that is no terminal."""
+    out = Console(highlight=False)
+    (out if out.is_terminal else Console(highlight=False, width=200)).print(table)
 
 
 def watch(rows: Iterable[Row], done: int, steps: int, shown: bool = True) -> Iterator[Row]:

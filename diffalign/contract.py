@@ -84,6 +84,8 @@ class CheckedReward:
             raise InputError(f"The reward {self.name} returned a {type(scores).__name__}: return a tensor of shape {expected}.")
         if tuple(scores.shape) != expected:
             raise InputError(f"The reward {self.name} returned the shape {tuple(scores.shape)}: return {expected}, one score a sample.")
+        if scores.is_complex():
+            raise InputError(f"The reward {self.name} returned complex numbers: return real ones.")
         scores = scores.to(media.device, torch.promote_types(scores.dtype, torch.float32))
         if not scores.isfinite().all():
             bad = [f"{prompts.text[i]!r}: {scores[i].item()}" for i in (~scores.isfinite()).nonzero().flatten().tolist()]

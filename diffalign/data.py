@@ -73,8 +73,8 @@ def read_prompts(source: str, part: str = "train") -> list[Prompt]:
     """Prompts from a file (.txt: one a line; .jsonl: the keys 'prompt' and, for an editing pipeline, 'image'), the name of an embedded
     model, or `hf:user/dataset/path/in/it.txt`.
 
-    An image is a path in the file's folder, or a data: URI. `part` ('train' or 'heldout') picks the list of an embedded model. Raises
-    InputError for a file that is missing, empty or no text, and for pictures that are missing or damaged.
+    A pipe is read like a .txt file, once. An image is a path in the file's folder, or a data: URI. `part` ('train' or 'heldout') picks the
+    list of an embedded model. Raises InputError for a file that is missing, empty or no text, and for pictures that are missing or damaged.
     """
     if source in MODELS:
         folder = MODELS[source] / "prompts"
@@ -92,7 +92,7 @@ def read_prompts(source: str, part: str = "train") -> list[Prompt]:
 
 def read_file(path: Path, root: Path | None) -> list[Prompt]:
     """Prompts of a file as `read_prompts` has them; their pictures are not opened, and lie in `root`, where one is given."""
-    if not path.is_file():
+    if not path.is_file() and not path.is_fifo():  # such as the shell's <(command)
         raise InputError(f"There is no prompt file {path}. Give a text file with one prompt a line, or one of: {', '.join(MODELS)}.")
     try:
         text = path.read_text(encoding="utf-8-sig")  # with or without a byte-order mark

@@ -3,43 +3,28 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, replace
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from diffalign import layouts, records
-from diffalign.cache import Shelf, cache_root, digest
+from diffalign.cache import cache_root
 from diffalign.contract import CheckedReward
 from diffalign.data import PicturePrompt, Prompt, batch_of, hold_out
 from diffalign.errors import InputError
-from diffalign.layouts import Picture, Row
-from diffalign.media import decode_image, fit
+from diffalign.intake import Intake, Reel, Shelving, contents, decoded, device_of
+from diffalign.layouts import Row
 from diffalign.records import Fault, Tally
-from diffalign.types import Data, Examples, Policy
+from diffalign.types import Data, Examples, Policy, Taken
 
 SAY_EVERY = 20.0  # seconds
 
 
-@runtime_checkable
-class Shelving(Policy, Protocol):
-    """A policy that data can be embedded with: pictures of its size, and a shelf that is named after what embeds them."""
-
-    @property
-    def height(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    def shelve(self, root: Path) -> Shelf: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One example; its media are keys of the shelf."""
+    """One example; its media are keys of the rows that `ExampleSet` reads."""
 
     prompt: Prompt
     x_0: str
@@ -50,11 +35,12 @@ class Example:
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """Examples as a source of batches. What is in memory is text: the latents are read from the shelf, batch by batch."""
+    """Examples as a source of batches. What is in memory is text: `rows` reads latents, or trajectories, batch by batch."""
 
-    shelf: Shelf
+    rows: Callable[[Sequence[str]], Tensor]
     policy: Policy
     examples: Sequence[Example]
+    taken: Taken | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -74,12 +60,13 @@ class ExampleSet:
             batch_of([e.prompt for e in chosen], self.policy),
             self._rows([e.x_0 for e in chosen]),
             rejected=self._rows(rejected) if rejected else None,
-            desirable=torch.tensor(desirable, device=_device(self.policy)) if desirable else None,
-            scores=torch.tensor(scores, device=_device(self.policy)) if scores else None,
+            desirable=torch.tensor(desirable, device=device_of(self.policy)) if desirable else None,
+            scores=torch.tensor(scores, device=device_of(self.policy)) if scores else None,
+            taken=self.taken,
         )
 
     def _rows(self, keys: Sequence[str]) -> Tensor:
-        return self.shelf.take(keys).to(_device(self.policy))
+        return self.rows(keys).to(device_of(self.policy))
 
 
 def check(source: str | None, kind: Data | None) -> None:
@@ -115,33 +102,34 @@ def read(
     if not isinstance(policy, Shelving):
         raise InputError(f"{type(policy).__name__} cannot embed data: its adapter lacks height, width or shelve. See docs/design.md.")
     tally = Tally(skip)
-    intake = Intake(policy, policy.shelve(cache_root()), reward, tally, say)
+    stored = kind == "trajectories"
+    intake = Reel(policy, tally) if stored else Intake(policy, policy.shelve(cache_root()), reward, tally, say)
     found = list(itertools.islice(_examples(source, kind, intake, tally), limit))
-    intake.finish()
+    scores = intake.finish()
     if not found:
         raise InputError(f"{source}: no {kind} are left. {tally.in_words()}")
     if reward is not None:
-        found = [replace(example, score=score) for example, score in zip(found, intake.scores, strict=True)]
+        found = [replace(example, score=score) for example, score in zip(found, scores, strict=True)]
     elif any(example.score is None for example in found):
         found = [replace(example, score=None) for example in found]
     prompts: list[Prompt] = [example.prompt for example in found]
     held_prompts = set(hold_out(prompts, seed)[1])
     held = [example for example in found if example.prompt in held_prompts]
     train = [example for example in found if example.prompt not in held_prompts]
-    say(f"Data {source}: {len(found):,} {kind} of {len(set(prompts)):,} prompts, {intake.embedded:,} pictures embedded anew.")
+    say(f"Data {source}: {len(found):,} {kind} of {len(set(prompts)):,} prompts{intake.in_words()}.")
     if tally.counts:
         say(tally.in_words())
     if not train:
         say("Fewer than ten prompts: none is held out, and the evaluation uses the training examples.")
-    return ExampleSet(intake.shelf, policy, train or held), ExampleSet(intake.shelf, policy, held)
+    return ExampleSet(intake.rows, policy, train or held, intake.taken), ExampleSet(intake.rows, policy, held, intake.taken)
 
 
-def _examples(source: str, kind: Data, intake: Intake, tally: Tally) -> Iterator[Example]:
+def _examples(source: str, kind: Data, intake: Intake | Reel, tally: Tally) -> Iterator[Example]:
     for row in layouts.rows(source, kind, tally):
         media = [intake.take(picture) for picture in row.pictures]
         for i, example in KINDS[kind](row, [found.key if found else None for found in media], tally):
             found = media[i]
-            if intake.reward is not None and found is not None and found.pixels is not None:
+            if found is not None and found.pixels is not None:
                 intake.score(example.prompt, found.pixels)
             yield example
 
@@ -185,7 +173,7 @@ def _edits(row: Row, keys: Sequence[str | None], tally: Tally) -> Iterator[tuple
     """The sources are read again with each batch: here it is seen that they can be."""
     assert row.source is not None
     try:
-        _decoded(_bytes(row.source), row.source.name)
+        decoded(contents(row.source), row.source.name)
     except Fault as fault:
         tally.note(fault)
         return
@@ -198,111 +186,8 @@ def _edits(row: Row, keys: Sequence[str | None], tally: Tally) -> Iterator[tuple
 
 KINDS: dict[Data, Callable[[Row, Sequence[str | None], Tally], Iterator[tuple[int, Example]]]] = {
     "pairs": _pairs,
+    "trajectories": _pairs,
     "labels": _labels,
     "pictures": _pictures,
     "edits": _edits,
 }
-
-
-@dataclass(frozen=True)
-class Medium:
-    """A picture that was read: its key, and (3, H, W) in the policy's size where somebody needs to look at it."""
-
-    key: str
-    pixels: Tensor | None
-
-
-@dataclass
-class Intake:
-    """Pictures on their way to the shelf: read, checked, embedded in batches of one size, each picture once.
-
-    The size of a batch is fixed, and the last one filled up: a row's last bits depend on it, and another run has another cache.
-    """
-
-    policy: Shelving
-    shelf: Shelf
-    reward: CheckedReward | None
-    tally: Tally
-    say: Callable[[str], None]
-    known: set[str] = field(default_factory=set[str])
-    waiting: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    unscored: list[tuple[Prompt, Tensor]] = field(default_factory=list[tuple[Prompt, Tensor]])
-    scores: list[float] = field(default_factory=list[float])
-    embedded: int = 0
-    said: float = field(default_factory=time.monotonic)
-
-    @property
-    def batch(self) -> int:
-        """Pictures of one forward of the VAE: 4 of 512 x 512, and at most 64."""
-        return max(1, min(64, 2**20 // (self.policy.height * self.policy.width)))
-
-    def take(self, picture: Picture) -> Medium | None:
-        """The picture by its key, embedded by the end of the intake; None where it cannot be used, and the tally lets that pass."""
-        try:
-            data = _bytes(picture)
-            key = digest(data)
-            new = key not in self.known and self.shelf.get(key) is None
-            pixels = fit(_decoded(data, picture.name), self.policy.height, self.policy.width) if new or self.reward is not None else None
-        except Fault as fault:
-            self.tally.note(fault)
-            return None
-        self.known.add(key)
-        if new and pixels is not None:
-            self.waiting[key] = pixels
-            if len(self.waiting) == self.batch:
-                self._embed()
-        return Medium(key, pixels)
-
-    def score(self, prompt: Prompt, pixels: Tensor) -> None:
-        """Line a picture up for the reward; `scores` has them in this order."""
-        self.unscored.append((prompt, pixels))
-        if len(self.unscored) == self.batch:
-            self._score()
-
-    def finish(self) -> None:
-        if self.waiting:
-            self._embed()
-        if self.unscored:
-            self._score()
-
-    @torch.no_grad()
-    def _embed(self) -> None:
-        keys, pixels = list(self.waiting), torch.stack(list(self.waiting.values()))
-        filled = torch.cat([pixels, pixels.new_zeros(self.batch - len(pixels), *pixels.shape[1:])])
-        rows = self.policy.embed(filled.to(_device(self.policy))).float().cpu()
-        for key, row in zip(keys, rows, strict=False):
-            if not row.isfinite().all():
-                raise InputError("The model embeds a picture as NaN or infinity. Is its VAE one that needs another precision?")
-            self.shelf.put(key, row)
-        self.waiting.clear()
-        self.embedded += len(keys)
-        if time.monotonic() - self.said > SAY_EVERY:
-            self.said = time.monotonic()
-            self.say(f"Embedding the data: {self.embedded:,} pictures so far.")
-
-    @torch.no_grad()
-    def _score(self) -> None:
-        assert self.reward is not None
-        pixels = torch.stack([pixels for _, pixels in self.unscored]).to(_device(self.policy))
-        self.scores += self.reward(pixels, batch_of([prompt for prompt, _ in self.unscored], self.policy)).tolist()
-        self.unscored.clear()
-
-
-def _device(policy: Policy) -> torch.device:
-    return next(policy.module.parameters()).device
-
-
-def _decoded(data: bytes, name: str) -> Image.Image:
-    try:
-        return decode_image(data, name)
-    except InputError as error:
-        raise Fault("pictures that cannot be read", str(error)) from error
-
-
-def _bytes(picture: Picture) -> bytes:
-    if picture.data is not None:
-        return picture.data
-    assert picture.path is not None
-    if not picture.path.is_file():
-        raise Fault("missing pictures", f"There is no picture {picture.name}.")
-    return picture.path.read_bytes()

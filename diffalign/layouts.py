@@ -332,6 +332,7 @@ _INSTRUCTION = "instruction|edit_prompt|edit_instruction|edit"
 _EDITED = "edited|edited_image|edited_img|target_img|edited_image_file_name"
 LAYOUTS: dict[Data, tuple[Layout, ...]] = {
     "pairs": _BETTER,
+    "trajectories": tuple(layout for layout in _BETTER if layout.name in ("pairs.jsonl", "ranks.jsonl")),
     "labels": (Layout("labels.jsonl", ("prompt|caption", "image", "label"), _each(_labelled)), *_BETTER),
     "pictures": (Layout("pictures.jsonl or an imagefolder", ("prompt|caption|text", "image|file_name"), _each(_captioned)),),
     "edits": (Layout("edits.jsonl, or InstructPix2Pix's columns", (_SOURCE, _INSTRUCTION, _EDITED), _each(_edited)),),
@@ -339,6 +340,7 @@ LAYOUTS: dict[Data, tuple[Layout, ...]] = {
 _BETTER_FILES = ("pairs.jsonl", "ranks.jsonl", "train.json", "metadata-train.parquet", "*.parquet")
 FILES: dict[Data, tuple[str, ...]] = {
     "pairs": _BETTER_FILES,
+    "trajectories": ("pairs.jsonl", "ranks.jsonl"),
     "labels": ("labels.jsonl", *_BETTER_FILES),
     "pictures": ("pictures.jsonl", "metadata.jsonl", "*.parquet"),
     "edits": ("edits.jsonl", "metadata.jsonl", "*.parquet"),

@@ -287,7 +287,9 @@ def make_accelerator(settings: Settings) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state()  # a second training in one process may have another precision
+    # accelerate has one precision for the whole process and no public way to another one; this is what its own tests use. Without it a
+    # second training with another precision, or one in a script that has an Accelerator of its own, is refused.
+    AcceleratorState._reset_state()
     return Accelerator(
         mixed_precision="fp16" if settings.precision == "fp16" else "no",
         cpu=device_of(settings).type == "cpu",

@@ -29,7 +29,7 @@ class LoRA:
     """A LoRA to continue from: a folder or a .safetensors file that diffusers loads. Rank and alpha are then the file's."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
+        if not self.rank >= 1:
             raise InputError(f"lora.rank is {self.rank}: give 1 or more.")
         if self.alpha is not None and not 0 < self.alpha < float("inf"):
             raise InputError(f"lora.alpha is {self.alpha}: give a number above 0.")

@@ -15,13 +15,17 @@ from diffalign import registry
 from diffalign.errors import InputError, nearest
 from diffalign.settings import Settings
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def device_of(settings: Settings) -> torch.device:
     """The device that was asked for, or the first of cuda, mps and cpu."""
     if settings.device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        return torch.empty(0, device=settings.device).device
+        number = torch.zeros(1, device=settings.device)
+        number.item()  # 'meta' and its like hold no numbers
+        return number.device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"The device '{settings.device}' cannot be used here: {str(error).splitlines()[0]}") from error
 
@@ -102,7 +106,8 @@ def load_pipeline(source: str, revision: str | None = None) -> Any:
 def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any:
     """The policy of the settings, on its device; with `train`, its LoRA attached or its weights set free.
 
-    `pipe` is a live pipeline to use in place of the settings' name.
+    `pipe` is a live pipeline to use in place of the settings' name. Weights that train, or trained, stay fp32 in every precision: with
+    `full` the network's are only cast as it runs.
     """
     device = device_of(settings)
     if settings.precision == "fp16" and device.type == "cpu":
@@ -117,10 +122,12 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
         negative_prompt=settings.negative_prompt,
         height=settings.height,
         width=settings.width,
-        precision=settings.precision,
+        precision="fp32" if settings.full else settings.precision,
         device=device,
         **own,
     )
+    if settings.full:
+        policy.dtype = DTYPES[settings.precision]
     return prepare_to_train(policy, settings) if train else policy
 
 

@@ -76,8 +76,10 @@ class VariancePreserving:
         return Schedule(now, self.level(t - train_steps // steps))
 
     def draw(self, n: int, rng: Generator | None = None) -> Level:
-        """n levels uniform over the training timesteps."""
-        return self.level(torch.randint(int(self.scheduler.config.num_train_timesteps), (n,), generator=rng))
+        """n levels uniform over the training timesteps; of an epsilon prediction without alpha 0, where its target is its input."""
+        alpha_bar = self.scheduler.alphas_cumprod  # falls with t
+        count = int((alpha_bar > 0).sum()) if self.prediction == "epsilon" else len(alpha_bar)
+        return self.level(torch.randint(count, (n,), generator=rng))
 
     def target(self, x_0: Tensor, noise: Tensor, at: Level) -> Tensor:
         """What the network regresses to, (B, *latent)."""

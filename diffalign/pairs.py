@@ -14,7 +14,6 @@ import docstring_parser
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
 
 from diffalign import registry
 from diffalign.cache import digest
@@ -24,11 +23,12 @@ from diffalign.contract import CheckedReward, as_reward
 from diffalign.data import Prompt, check_prompts, read_prompts
 from diffalign.errors import InputError
 from diffalign.models import make_policy
-from diffalign.ranks import Outcome, Ranked, claim, count, ledger, rewrite, write
+from diffalign.ranks import Drawn, Outcome, Ranked, claim, count, ledger, rewrite, write
 from diffalign.run import Run
 from diffalign.sampling import ddim, rollout
 from diffalign.settings import LIVE, Settings
-from diffalign.types import Policy, Prompts
+from diffalign.trajectories import Stored
+from diffalign.types import Policy, Prompts, Taken
 
 PATIENCE = 100  # prompts without a pair, and at least all of them once, until the reward is taken for a constant
 
@@ -49,6 +49,10 @@ class Making:
     """Samples of each prompt: the best and the worst are a pair."""
     sample_steps: int = 50
     """Denoising steps of a sample."""
+    trajectories: bool = False
+    """Keep each sample's states beside its picture, and take random steps (eta 1): D3PO trains on these once people have judged."""
+    random_steps: int | None = None
+    """With trajectories: only so many of the first steps are random; by default all are."""
     batch_size: int = 8
     """Samples of one forward."""
     guidance_scale: float = 7.5
@@ -70,6 +74,8 @@ class Making:
         for name, least in {"samples": 2, "sample_steps": 1, "batch_size": 1}.items():
             if vars(self)[name] < least:
                 raise InputError(f"{name} is {vars(self)[name]}: give {least} or more.")
+        if self.random_steps is not None and not (self.trajectories and 1 <= self.random_steps <= self.sample_steps):
+            raise InputError(f"random_steps is {self.random_steps}: give 1 to {self.sample_steps} (sample_steps), and --trajectories.")
         if self.pairs is not None and self.pairs < 1:
             raise InputError(f"pairs is {self.pairs}: give 1 or more.")
         if not 0 <= self.seed < 2**31:
@@ -219,15 +225,14 @@ def rank(policy: Policy, reward: CheckedReward, prompts: Sequence[str], making: 
     it is the same whatever was made before in this process.
     """
     samples, size, number = making.samples, making.batch_size, first * making.samples
-    open_: list[tuple[Tensor, float]] = []
+    open_: list[Drawn] = []
     for start in itertools.count(number // size * size, size):
         numbers = range(start, start + size)
         texts = Prompts(tuple(prompts[n // samples % len(prompts)] for n in numbers))
-        pictures, scores = _sample(policy, reward, texts, making, numbers)
         finished: list[Outcome] = []
-        for n, picture, score in zip(numbers, pictures, scores, strict=True):
+        for n, drawn in zip(numbers, _sample(policy, reward, texts, making, numbers), strict=True):
             if n >= number:
-                open_.append((picture, score))
+                open_.append(drawn)
             if len(open_) == samples:
                 finished.append(Outcome(n // samples, prompts[n // samples % len(prompts)], open_))
                 open_ = []
@@ -235,14 +240,19 @@ def rank(policy: Policy, reward: CheckedReward, prompts: Sequence[str], making: 
 
 
 @torch.no_grad()
-def _sample(policy: Policy, reward: CheckedReward, texts: Prompts, making: Making, numbers: range) -> tuple[Tensor, list[float]]:
-    """Pictures (B, 3, H, W) in [0, 1], on the CPU, rounded to 8 bits as their files are, and their scores."""
+def _sample(policy: Policy, reward: CheckedReward, texts: Prompts, making: Making, numbers: range) -> list[Drawn]:
+    """Samples, their pictures in [0, 1], on the CPU, rounded to 8 bits as their files are."""
     condition = policy.encode(texts)
     seeds = [int(digest(f"{making.seed} {n}")[:15], 16) for n in numbers]
     noise = torch.cat([policy.prior(condition[i : i + 1], torch.Generator().manual_seed(seed)) for i, seed in enumerate(seeds)])
-    final = rollout(policy, condition, steps=making.sample_steps, kernel=ddim(0.0), start=noise).final
-    pictures = (policy.decode(final).clamp(0, 1) * 255).round() / 255
-    return pictures.cpu(), reward(pictures, texts).tolist()
+    eta, rng = float(making.trajectories), torch.Generator().manual_seed(seeds[0])
+    taken = rollout(policy, condition, steps=making.sample_steps, kernel=ddim(eta), random_steps=making.random_steps, start=noise, rng=rng)
+    pictures = (policy.decode(taken.final).clamp(0, 1) * 255).round() / 255
+    stored: list[Stored | None] = [None] * len(numbers)
+    if making.trajectories:
+        how = Taken(taken.schedule, taken.actions, eta, condition.guidance_scale)
+        stored = [Stored(states, how) for states in taken.states.float().cpu().unbind(1)]
+    return [Drawn(*each) for each in zip(pictures.cpu(), reward(pictures, texts).tolist(), stored, strict=True)]
 
 
 def _watch(rows: Generator[Ranked], making: Making, wanted: int, patience: int) -> Iterator[Ranked]:

@@ -35,7 +35,7 @@ def preflight(plan: Plan, policy: Any, prompts: list[Prompt], examples: Source |
     if plan.reward is not None:
         yield _variance(plan, policy, batch)
     given: Any = None if examples is None else examples.take([i % len(examples) for i in range(size)])
-    trained_on = batch if given is None or plan.method.needs.data_is_optional else given
+    trained_on = batch if given is None or plan.method.needs.data_role == "besides" else given
     context = Context(Generator().manual_seed(0), more=lambda: trained_on, examples=None if given is None else lambda: given)
     loss = next(iter(plan.method.losses(policy, plan.reward, trained_on, context)))
     yield _gradient_arrives(policy, loss)

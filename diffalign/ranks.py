@@ -11,22 +11,31 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import yaml
 from torch import Tensor
 
 from diffalign.errors import InputError
 from diffalign.media import to_pil
+from diffalign.trajectories import Stored, beside
+
+
+class Drawn(NamedTuple):
+    """One sample: its picture (3, H, W), its score, and its trajectory where that is kept."""
+
+    picture: Tensor
+    score: float
+    trajectory: Stored | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The samples of one prompt, as (picture (3, H, W), score), in the order in which they were drawn."""
+    """The samples of one prompt, in the order in which they were drawn."""
 
     number: int
     prompt: str
-    samples: list[tuple[Tensor, float]]
+    samples: list[Drawn]
 
 
 @dataclass(frozen=True)
@@ -110,10 +119,12 @@ def write(folder: Path, blocks: Iterable[list[Outcome]]) -> Generator[Ranked]:
             for block in blocks:
                 for outcome in block:
                     names = [f"images/{outcome.number + 1:06d}-{j}.png" for j in range(len(outcome.samples))]
-                    for name, (picture, _) in zip(names, outcome.samples, strict=True):
-                        to_pil(picture).save(folder / name)
-                    order = sorted(range(len(names)), key=lambda j, outcome=outcome: -outcome.samples[j][1])
-                    ranked = Ranked(outcome.prompt, [names[j] for j in order], [outcome.samples[j][1] for j in order])
+                    for name, drawn in zip(names, outcome.samples, strict=True):
+                        to_pil(drawn.picture).save(folder / name)
+                        if drawn.trajectory is not None:
+                            drawn.trajectory.save(beside(folder / name))
+                    order = sorted(range(len(names)), key=lambda j, outcome=outcome: -outcome.samples[j].score)
+                    ranked = Ranked(outcome.prompt, [names[j] for j in order], [outcome.samples[j].score for j in order])
                     _append(ranks, asdict(ranked))
                     if ranked.pair is not None:
                         _append(pairs, ranked.pair)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
+from diffalign.checks import check
 from diffalign.errors import InputError
 from diffalign.sampling import Kernel, ddim, replay, rollout
-from diffalign.types import Condition, Context, Policy, Prompts, Reward, Trajectory
+from diffalign.types import Condition, Context, Examples, Policy, Prompts, Reward, Trajectory
+
+
+def check_noise(method: Any) -> None:
+    """Raise InputError where a method's `eta` or `random_steps` leaves its rollouts of `inference_steps` without a random step."""
+    check(method, "eta", 0 < method.eta <= 1, "a number above 0, up to 1. Without noise there are no actions")
+    if method.random_steps is not None:
+        most = method.inference_steps
+        check(method, "random_steps", 1 <= method.random_steps <= most, f"1 to {most} (method.inference_steps)")
 
 
 class Part(NamedTuple):
@@ -49,6 +58,11 @@ class Round:
             raise InputError("No denoising step of a sample is random, so there are no actions: raise method.inference_steps.")
         return self.trajectory.actions.nonzero()[:, 0]
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What is logged of every round: the mean of the scores, and their deviation."""
+        return {"reward": float(self.scores.mean()), "reward_std": float(self.scores.std(correction=0))}
+
     def old_log_probs(self, part: Part) -> Tensor:
         """(count,) log-probabilities of a part's transitions under the policy that sampled them."""
         where = self.trajectory.log_probs.device
@@ -83,6 +97,25 @@ def sample_round(
             parts.append((trajectory, prompts, reward(policy.decode(trajectory.final), prompts)))
     trajectories, prompts, scores = zip(*parts, strict=True)
     return Round(_joined(trajectories), _all(prompts), torch.cat(scores).to(trajectories[0].final.device), len(batch))
+
+
+def stored_round(policy: Policy, pairs: Sequence[Examples], random_steps: int | None = None) -> tuple[Round, float]:
+    """Batches of stored trajectories that were judged, as a round of two samples a prompt, and their eta.
+
+    The preferred sample scores 1, the other one 0. The log-probabilities under the policy that sampled are not known, and 0. Of the random
+    steps only the first `random_steps` count as actions.
+    """
+    taken = pairs[0].taken
+    assert taken is not None
+    sides = [(pair, states) for pair in pairs for states in (pair.x_0, pair.rejected) if states is not None]
+    states = torch.cat([states for _, states in sides]).transpose(0, 1)
+    actions = taken.actions & (torch.arange(len(taken.actions)) < (random_steps or len(taken.actions)))
+    condition = Condition.join([policy.encode(pair.prompts) for pair, _ in sides])
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    log_probs = torch.zeros(states.shape[0] - 1, states.shape[1], device=states.device, dtype=dtype)
+    scores = torch.cat([torch.full((len(pair),), float(states is pair.x_0)) for pair, states in sides]).to(states.device)
+    trajectory = Trajectory(states, log_probs, actions, taken.schedule, condition)
+    return Round(trajectory, _all(tuple(pair.prompts for pair, _ in sides)), scores, len(pairs[0])), taken.eta
 
 
 def _joined(trajectories: tuple[Trajectory, ...]) -> Trajectory:
@@ -156,14 +189,21 @@ def best_and_worst(round_: Round, batches: int, samples: int) -> tuple[Tensor, T
     return rows[prompt, best][differ], rows[prompt, worst][differ]
 
 
-def nothing_differs(count: int, like: Tensor, context: Context, most: int = 10) -> bool:
-    """Whether a process has `count` 0 of prompts whose samples differ in reward, so that all pass this round over.
+def nothing_differs(count: int, like: Tensor, context: Context, *, wanted: int = 1, most: int = 10) -> bool:
+    """Whether a process has fewer than `wanted` things to train on, `count`, all of prompts whose samples differ in reward: all pass the
+    round over then. `wanted` is one for each optimiser step that shares them.
 
     Raises InputError after `most` such rounds on end.
     """
-    empty = int(context.processes.gather(torch.tensor([count], device=like.device)).min()) == 0
+    fewest = int(context.processes.gather(torch.tensor([count], device=like.device)).min())
+    empty = fewest < wanted
     context.memory["empty_rounds"] = context.memory.get("empty_rounds", 0) + 1 if empty else 0
     if context.memory["empty_rounds"] >= most:
+        if fewest > 0:
+            raise InputError(
+                f"In {most} rounds on end too few samples of a prompt differed in reward: the last one's have {fewest} transitions, for "
+                f"{wanted} optimiser steps. Lower method.updates, or raise batch_size, method.batches or method.samples."
+            )
         raise InputError(f"In {most} rounds on end no two samples of a prompt differed in reward. Is it constant? diffalign check")
     return empty
 

@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -83,8 +82,8 @@ class Run:
 
     @cached_property
     def plan(self) -> Plan:
-        """The settings, method and reward of the run; no reward where it was a Python object."""
-        return resolve(self.config)
+        """The settings and the method of the run, without its reward: to sample takes none, and a file of one may be gone."""
+        return resolve(self.config, rewarded=False)
 
     @property
     def metrics(self) -> list[dict[str, float]]:
@@ -191,7 +190,8 @@ class Run:
 
     def save_weights(self, policy: Any) -> None:
         """Write lora/ (or, after full fine-tuning, model/) as plain diffusers loads it."""
-        policy.save(self.path / ("lora" if policy.frozen is None else "model"))
+        with checkpoint.whole(self.path / ("lora" if policy.frozen is None else "model")) as draft:
+            policy.save(draft)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -206,9 +206,8 @@ class Run:
             yield
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        draft = self.path / "config.draft"
-        draft.write_text(yaml.safe_dump(dict(config), sort_keys=False))
-        os.replace(draft, self.path / "config.yaml")
+        with checkpoint.whole(self.path / "config.yaml") as draft:
+            draft.write_text(yaml.safe_dump(dict(config), sort_keys=False))
 
     def write_prompts(self, part: str, prompts: Sequence[Prompt]) -> None:
         """Write prompts/train.jsonl or prompts/heldout.jsonl. Pictures that lie in files stay where they are."""
@@ -228,9 +227,8 @@ class Run:
         file = self.path / "metrics.jsonl"
         if file.is_file():
             lines = file.read_text().splitlines(keepends=True)[:step]
-            draft = file.with_suffix(".draft")
-            draft.write_text("".join(lines))
-            os.replace(draft, file)
+            with checkpoint.whole(file) as draft:
+                draft.write_text("".join(lines))
 
     def save_checkpoint(self, step: int, tree: Any, keep: int) -> Path:
         return checkpoint.write(self.path / "checkpoints", step, tree, keep)

@@ -105,6 +105,8 @@ def flow_sde(a: float = 0.7) -> Kernel:
         raise InputError(f"a is {a}: give 0 (the ODE) or more.")
 
     def kernel(x_0: Tensor, noise: Tensor, now: Level, then: Level) -> Gaussian:
+        if any(((level.alpha + level.sigma - 1).abs() > 1e-6).any() for level in (now, then)):
+            raise InputError("flow_sde steps along a rectified flow (alpha + sigma = 1), and this is a diffusion path: use ddim(eta).")
         t, dt = now.sigma, then.sigma - now.sigma
         rest = torch.where(t >= 1, then.alpha, now.alpha)
         toward_noise = then.sigma + a**2 * dt / (2 * rest)

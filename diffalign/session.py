@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from diffalign import examples, registry
+from diffalign.checkpoint import whole
 from diffalign.config import Plan, check_needs, resolve
 from diffalign.console import comparison, console, say, watch
 from diffalign.contract import CheckedReward, as_reward, check_gradient, short_name
@@ -21,11 +22,12 @@ from diffalign.data import Prompt, PromptList, batch_of, check_pictures, hold_ou
 from diffalign.errors import InputError
 from diffalign.evaluate import evaluate, implicit_accuracy, sample, sheet
 from diffalign.examples import ExampleSet
+from diffalign.flags import flat
 from diffalign.loop import Training, make_accelerator, one_for_all, prepare, train
 from diffalign.models import adapter_of, make_policy, prepare_to_train
 from diffalign.report import curve
 from diffalign.run import Run
-from diffalign.settings import Settings
+from diffalign.settings import LIVE, Settings
 
 PICTURES = 8
 Data = tuple[ExampleSet, ExampleSet] | None  # training and held-out examples
@@ -56,8 +58,7 @@ def start(
     if accelerator.is_main_process:
         Run.refuse_existing(path)
     examples.check(settings.data, plan.method.needs.data)
-    if settings.data is None or settings.prompts is not None or prompts is not None:
-        prompt_lists(settings, prompts, eval_prompts)  # a wrong file is found before the model is loaded
+    prompts, eval_prompts = given_prompts(settings, prompts, eval_prompts)
     rewards = eval_rewards(plan)
     policy = make_policy(settings, live, train=False)
     data = open_data(plan, policy, accelerator)
@@ -84,7 +85,7 @@ def resume(path: str | Path, steps: int | None = None, pipe: Any = None, reward:
     """
     run = Run.open(path, pipe)
     plan = resolve(run.config, reward)
-    if plan.reward is None and plan.method.needs.reward:
+    if plan.reward is None and run.config["reward"]["name"] == LIVE:
         raise InputError(f"{path} was trained on a reward given as a Python object: diffalign.resume(folder, reward=...) wants it again.")
     check_needs(plan)
     if steps is not None:
@@ -108,7 +109,7 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
     prompts, held_out = run.read_prompts("train"), run.read_prompts("heldout")
     if data is None:
         training = prepare(policy, settings, PromptList(prompts, policy), accelerator)
-    elif plan.method.needs.data_is_optional:
+    elif plan.method.needs.data_role == "besides":
         training = prepare(policy, settings, PromptList(prompts, policy), accelerator, data[0])
     else:
         training = prepare(policy, settings, data[0], accelerator)
@@ -122,11 +123,11 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
         say(f"Resuming {run.path} at step {training.context.step}.")
     if main:
         say(_in_words(plan, prompts, training, run))
-    if main and plan.method.needs.data_is_optional and data is None:
+    if main and plan.method.needs.data_role == "besides" and data is None:
         say(f"No --data: {plan.method_name} takes samples of the base model in the place of {plan.method.needs.data}.")
     if settings.log:
         accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(run.path)
-        accelerator.init_trackers("diffalign", config={"run": str(run.path)})
+        accelerator.init_trackers("diffalign", config=_for_trackers({"run": str(run.path), **plan.config()}))
     shown = (held_out * PICTURES)[:PICTURES]
     try:
         _steps(plan, run, policy, training, shown)
@@ -144,10 +145,11 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
         if settings.eval_size and (rewards or data):
             chosen, picture = held_out[: settings.eval_size], run.path / "samples" / "before-after.png"
             try:
-                evaluate_into(plan, policy, rewards, chosen, settings.seed + 1, run.path / "eval.json", picture, data)
+                results = evaluate_into(plan, policy, rewards, chosen, settings.seed + 1, run.path / "eval.json", picture, data)
             except KeyboardInterrupt:
                 say(f"The weights are saved. Evaluate them: diffalign eval {run.path}")
                 raise
+            console.print(comparison(results))
         run.save_picture("curve.png", curve({run.path.name: run.metrics}))
         say(f'Run: {run.path}   Again: diffalign sample {run.path} --prompt "{text_of(shown[0])}"')
     accelerator.end_training()
@@ -197,17 +199,19 @@ def _steps(plan: Plan, run: Run, policy: Any, training: Training, shown: list[Pr
 
 def evaluate_into(
     plan: Plan, policy: Any, rewards: list[CheckedReward], prompts: list[Prompt], seed: int, output: Path, picture: Path, data: Data = None
-) -> None:
+) -> dict[str, Any]:
+    """Compare the policy with its base model, and write what `evaluate` found to `output` and the pictures to `picture`."""
     chosen = {"steps": plan.sample_steps, "seed": seed, "batch_size": plan.settings.batch_size}
     results, before, after = evaluate(policy, rewards, prompts, suffix=plan.suffix, **chosen)
     if data is not None and plan.method.needs.data == "pairs":
         held = data[1]
         accuracy = implicit_accuracy(policy, held, seed=seed, batch_size=plan.settings.batch_size)
         results["pairs"] = {"count": len(held), "implicit_accuracy": accuracy}
-    output.write_text(json.dumps(results, indent=2) + "\n")
+    with whole(output) as draft:
+        draft.write_text(json.dumps(results, indent=2) + "\n")
     side_by_side = sheet([("before", before[:PICTURES]), ("after", after[:PICTURES])], prompts[:PICTURES])
     side_by_side.save(picture)
-    console.print(comparison(results))
+    return results
 
 
 def open_data(plan: Plan, policy: Any, accelerator: Any = None) -> Data:
@@ -219,7 +223,7 @@ def open_data(plan: Plan, policy: Any, accelerator: Any = None) -> Data:
     def read() -> Data:
         assert settings.data is not None
         skip, needs = settings.bad_pictures == "skip", plan.method.needs
-        reward = plan.reward if needs.reward and not needs.data_is_optional else None  # where the method wants the data scored
+        reward = plan.reward if needs.reward and needs.data_role == "only" else None  # where the method wants the data scored
         return examples.read(settings.data, kind, policy, reward=reward, limit=settings.data_limit, skip=skip, seed=settings.seed, say=say)
 
     if accelerator is None:
@@ -228,18 +232,29 @@ def open_data(plan: Plan, policy: Any, accelerator: Any = None) -> Data:
         return read()
 
 
-def prompt_lists(
-    settings: Settings, prompts: list[Prompt] | None, held: list[Prompt] | None, data: Data = None
-) -> tuple[list[Prompt], list[Prompt]]:
-    """Training and held-out prompts: those given, the settings' files, or the prompts of the data."""
+def given_prompts(
+    settings: Settings, prompts: list[Prompt] | None = None, held: list[Prompt] | None = None
+) -> tuple[list[Prompt] | None, list[Prompt] | None]:
+    """Training and held-out prompts as far as they were given, in lists or in the settings' files, which may be pipes: read but once.
+
+    Raises InputError for a wrong file, and where there are none and no data to take them from.
+    """
     if prompts is None and settings.prompts is not None:
         prompts = read_prompts(settings.prompts)
     if held is None and settings.eval_prompts is not None:
         held = read_prompts(settings.eval_prompts, "heldout")
-    if prompts is None and data is not None:
-        prompts, held = data[0].prompts, held or list(dict.fromkeys(data[1].prompts))
-    if prompts is None:
+    if prompts is None and settings.data is None:
         raise InputError("No prompts: give --prompts FILE (one a line), or --prompts shapes.")
+    return prompts, held
+
+
+def prompt_lists(
+    settings: Settings, prompts: list[Prompt] | None, held: list[Prompt] | None, data: Data
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and held-out prompts: those given, else the prompts of the data; where none are held out, a tenth."""
+    if prompts is None:
+        assert data is not None
+        prompts, held = data[0].prompts, held or list(dict.fromkeys(data[1].prompts))
     if held is not None:
         return prompts, held
     prompts, held = hold_out(prompts, settings.seed)
@@ -269,6 +284,11 @@ def check_reward(plan: Plan, policy: Any, prompts: list[Prompt]) -> None:
         raise InputError(f"{plan.reward_name} judges {plan.reward.modality}, and this pipeline makes {policy.modality}.")
     if plan.method.needs.differentiable_reward:
         check_gradient(plan.reward.reward, plan.reward.name, policy, batch_of(prompts[:2], policy))
+
+
+def _for_trackers(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings as trackers take them: `lora.rank`, and text for what is neither number nor text."""
+    return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in flat(config).items()}
 
 
 def _fresh_name(plan: Plan) -> Path:

@@ -20,7 +20,7 @@ class Settings:
     revision: str | None = None
     """Revision of a Hub model."""
     prompts: str | None = None
-    """Training prompts: a .txt or .jsonl file, shapes, or hf:user/dataset/file.txt."""
+    """Training prompts: a .txt or .jsonl file, shapes, hf:user/dataset/file.txt, or a pipe, one prompt a line."""
     data: str | None = None
     """Data of the methods that need some (pairs, labels, edits, pictures): a folder, or hf:user/dataset; see docs/data.md."""
     data_limit: int | None = None
@@ -44,7 +44,7 @@ class Settings:
     width: int | None = None
     """Width of the pictures in pixels; by default the model's own."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the network; LoRA weights, log-probabilities and the VAE stay fp32."""
+    """Of the network; weights that train, log-probabilities and the VAE stay fp32."""
     device: str | None = None
     """By default cuda, mps or cpu, the first there is."""
     full: bool = False
@@ -86,13 +86,13 @@ class Settings:
     def __post_init__(self) -> None:
         whole = dict(steps=1, batch_size=1, accumulate=1, eval_size=0, warmup_steps=0, checkpoint_every=1, keep_checkpoints=1)
         for name, least in whole.items():
-            if vars(self)[name] < least:
+            if not vars(self)[name] >= least:  # said so that NaN, which compares as false, is refused too
                 raise InputError(f"{name} is {vars(self)[name]}: give {least} or more.")
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < vars(self)[name] < float("inf"):
                 raise InputError(f"{name} is {vars(self)[name]}: give a number above 0.")
-        for name in ("sample_every", "sample_steps", "data_limit"):
-            if vars(self)[name] is not None and vars(self)[name] < 1:
+        for name in ("sample_every", "sample_steps", "data_limit", "height", "width"):
+            if vars(self)[name] is not None and not vars(self)[name] >= 1:
                 raise InputError(f"{name} is {vars(self)[name]}: give 1 or more.")
         if self.ema is not None and not 0 < self.ema < 1:
             raise InputError(f"ema is {self.ema}: give a decay between 0 and 1, such as 0.99.")
@@ -106,7 +106,7 @@ class Settings:
             raise InputError(f"betas is {list(self.betas)}: give two numbers from 0 to below 1.")
         if not 0 <= self.weight_decay < float("inf"):
             raise InputError(f"weight_decay is {self.weight_decay}: give 0 or more.")
-        if self.batch_size > 65_536:
+        if not self.batch_size <= 65_536:
             raise InputError(f"batch_size is {self.batch_size}: give at most 65536, and raise accumulate.")
         if self.full and self.lora.init:
             raise InputError("full and lora.init: a run trains all the weights, or a LoRA that it continues. Drop one.")

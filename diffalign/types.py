@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -60,6 +61,13 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self.text)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What tells prompts apart, in every process and run alike: the text, and digests of the picture and the mask where there are."""
+        pictures = [x.detach().float().cpu().contiguous().numpy() for x in (self.image, self.mask) if x is not None]
+        digests = [[hashlib.blake2b(row.tobytes(), digest_size=16).hexdigest() for row in rows] for rows in pictures]
+        return tuple("\0".join(parts) for parts in zip(self.text, *digests, strict=True))
 
     def __getitem__(self, index: Index) -> Prompts:
         at = range(len(self))[index] if isinstance(index, slice) else [int(i) for i in index]
@@ -122,15 +130,32 @@ class Trajectory:
         return self.states[-1]
 
 
-Data = Literal["pairs", "labels", "edits", "pictures"]
+Data = Literal["pairs", "trajectories", "labels", "edits", "pictures"]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """How stored trajectories of T steps came about: the steps' levels, which of them were random (T,), DDIM's eta, and the guidance."""
+
+    schedule: Schedule
+    actions: Tensor
+    eta: float
+    guidance_scale: float
+
+    def same_as(self, other: Taken) -> bool:
+        """Whether both can be in one batch."""
+        levels = [torch.stack([getattr(level, name) for level in t.schedule for name in ("t", "alpha", "sigma")]) for t in (self, other)]
+        alike = torch.equal(*levels) and torch.equal(self.actions, other.actions)
+        return alike and (self.eta, self.guidance_scale) == (other.eta, other.guidance_scale)
 
 
 @dataclass(frozen=True)
 class Examples:
     """A batch of data that exists: what `prompts` ask for, and x_0 (B, *latent) of media that answer them.
 
-    Pairs: `x_0` was preferred to `rejected`, both of the same prompt. Labels: `desirable` (B,) bool. Edits: `prompts.image` is what was
-    edited. Pictures: nothing more. `scores` (B,) are the run's reward of the media, where the data was scored.
+    Pairs: `x_0` was preferred to `rejected`, both of the same prompt. Trajectories: pairs too, `x_0` and `rejected` being all states of
+    the two samples, (B, T+1, *latent) noisy to clean, which were `taken` so. Labels: `desirable` (B,) bool. Edits: `prompts.image` is
+    what was edited. Pictures: nothing more. `scores` (B,) are the run's reward of the media, where the data was scored.
     """
 
     prompts: Prompts
@@ -138,6 +163,7 @@ class Examples:
     rejected: Tensor | None = None
     desirable: Tensor | None = None
     scores: Tensor | None = None
+    taken: Taken | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -154,12 +180,16 @@ class Loss:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method cannot do without, checked before any model loads."""
+    """What a method cannot do without, checked before any model loads.
+
+    `data_role` says what the data is to it: it trains on data `only`; where some is given, `besides` prompts and a reward; or `instead`
+    of them.
+    """
 
     reward: bool = True
     differentiable_reward: bool = False
     data: Data | None = None
-    data_is_optional: bool = False
+    data_role: Literal["only", "besides", "instead"] = "only"
     modality: Modality | None = None
 
 

@@ -5,7 +5,8 @@
 
 As it stands each method trains with the settings that `shapes` brings along for it, on its own reward there: the gradient of shapes-clip,
 pairs that it judges, or jpeg-compressibility. The bars, or the script exits with status 1: at most 120 s of training, the 95% interval
-of the paired improvement above 0 for every seed on 256 held-out prompts, and a held-out implicit accuracy above 0.6 where there are pairs.
+of the paired improvement above 0 for every seed on 256 held-out prompts; and of the methods on pairs an implicit accuracy above 0.6 on 512
+new pairs of the held-out prompts.
 
 With `--seconds` or `--queries` all methods that can be trained on the one reward get the same budget: seconds of training (a short probe
 says how many optimiser steps that is), or reward queries. Methods on data get pairs that `diffalign pairs` makes with the same reward and
@@ -34,17 +35,18 @@ from typing import Any
 import torch
 
 import diffalign
-from diffalign import checkpoint, registry
+from diffalign import checkpoint, examples, registry
 from diffalign.compare import COSTS, measure
 from diffalign.config import resolve
-from diffalign.evaluate import kl_to_base, sample, score
+from diffalign.data import text_of
+from diffalign.evaluate import implicit_accuracy, kl_to_base, sample, score
 from diffalign.run import Run
 from diffalign.session import named_rewards
 
 JUDGES = ["shapes-clip", "shapes-checker", "shapes-all-right", "jpeg-compressibility"]
 AXES = {"queries": "reward_queries", "seconds": "seconds", "kl": "kl_to_base"}
 DENOISING_STEPS, HELD_OUT, MEASURED = 10, 256, 64
-MOST_SECONDS, LEAST_ACCURACY = 120, 0.6
+MOST_SECONDS, LEAST_ACCURACY, NEW_PAIRS = 120, 0.6, 512
 PROBE_STEPS = 8
 
 
@@ -90,17 +92,30 @@ def needs_pairs(method: str) -> bool:
     return wants(method).data is not None and not wants(method).data_is_optional
 
 
-def make_pairs(folder: Path, reward: str, seed: int, count: int) -> Path:
-    """Pairs of the base model, and costs.json beside them."""
+def make_pairs(folder: Path, reward: str, seed: int, count: int, prompts: list[str] | None = None) -> Path:
+    """Pairs of the base model, of the training prompts where none are given, and costs.json beside them."""
     if not (folder / "costs.json").exists():
         diffalign.make_policy(resolve({}).settings, train=False)  # imports and files are read by now
         start = time.perf_counter()
-        diffalign.make_pairs("shapes", reward=reward, output=folder, pairs=count, seed=seed, sample_steps=DENOISING_STEPS)
+        chosen = {"pairs": count, "seed": seed, "sample_steps": DENOISING_STEPS}
+        diffalign.make_pairs("shapes", reward=reward, output=folder, prompts=prompts, **chosen)
         seconds = time.perf_counter() - start
         drawn = sum(len(json.loads(line)["scores"]) for line in (folder / "ranks.jsonl").read_text().splitlines())
         costs = {"reward_queries": drawn, "network_samples": drawn * DENOISING_STEPS, "seconds": seconds}
         (folder / "costs.json").write_text(json.dumps({**dict.fromkeys(COSTS, 0), **costs}) + "\n")
     return folder
+
+
+def accuracy_on_new_pairs(done: Run, trial: Trial) -> float:
+    """The implicit accuracy on pairs of the held-out prompts: ten times as many as a run holds out of its own thousand."""
+    assert trial.pairs is not None
+    folder = trial.pairs.parents[1] / f"{trial.reward}-held-out-{NEW_PAIRS}" / f"seed-{trial.seed}"
+    make_pairs(folder, trial.reward, 1000 + trial.seed, NEW_PAIRS, list(map(text_of, done.read_prompts("heldout"))))
+    given: dict[str, Any] = {"reward": None, "limit": None, "skip": False, "seed": 0, "say": lambda text: None}  # pyright: ignore
+    parts = examples.read(str(folder), "pairs", done.policy, **given)
+    chosen = {"seed": trial.seed, "batch_size": 64}
+    right = sum(len(part) * implicit_accuracy(done.policy, part, **chosen) for part in parts)
+    return right / sum(map(len, parts))
 
 
 def train(trial: Trial, folder: Path, **flags: Any) -> str | None:
@@ -152,32 +167,42 @@ def run(trial: Trial, budget: Budget, probes: Path, points: int) -> dict[str, An
     done = Run.open(trial.folder)
     costs = {name: done.metrics[-1][name] + trial.data_costs[name] for name in COSTS}
     record = {**about, "steps": steps, **costs, "data": trial.data_costs, "evaluation": done.evaluation, **measure(done, MEASURED)}
-    record["curve"] = list(curve(done, trial, record["kl_to_base"]))
+    if trial.pairs:
+        record["implicit_accuracy"] = accuracy_on_new_pairs(done, trial)
+    record["curve"] = list(curve(done, trial))  # last: it leaves the policy as it was at the last checkpoint
     (trial.folder / "benchmark.json").write_text(json.dumps(record) + "\n")
     return record
 
 
 @torch.no_grad()
-def curve(done: Run, trial: Trial, kl_at_end: float) -> Iterator[dict[str, float]]:
-    """Of the base model, the run's checkpoints and its end: `held_out` reward, KL to the base, and the costs so far."""
+def curve(done: Run, trial: Trial) -> Iterator[dict[str, float]]:
+    """Of the base model, the run's checkpoints and its end: `held_out` reward, KL to the base, and the costs so far.
+
+    `kl_to_base` is of ancestral samples of the evaluation's steps; `kl_as_trained` of the samples that a policy-gradient method trains on.
+    """
     (reward,), policy, prompts = named_rewards([trial.reward]), done.policy, done.read_prompts("heldout")[:HELD_OUT]
     chosen = {"steps": DENOISING_STEPS, "seed": trial.seed + 1, "batch_size": done.plan.settings.batch_size, "suffix": done.plan.suffix}
     rows, data, ends = {int(row["step"]): row for row in done.metrics}, trial.data_costs, done.evaluation["rewards"][trial.reward]
 
-    def point(step: int, held_out: float, kl: float) -> dict[str, float]:
-        return {**{name: rows[step][name] + data[name] for name in COSTS}, "held_out": held_out, "kl_to_base": kl}
+    sampler = vars(done.plan.method)
 
-    yield {**data, "held_out": ends["before"], "kl_to_base": 0.0}
+    def point(step: int, held_out: float) -> dict[str, float]:
+        found = {**{name: rows[step][name] + data[name] for name in COSTS}, "held_out": held_out}
+        found["kl_to_base"] = kl_to_base(policy, prompts[:MEASURED], **chosen)
+        if "random_steps" in sampler:
+            own = {**chosen, "steps": sampler["inference_steps"], "random_steps": sampler["random_steps"]}
+            found["kl_as_trained"] = kl_to_base(policy, prompts[:MEASURED], **own)
+        return found
+
+    yield {**data, "held_out": ends["before"], "kl_to_base": 0.0, "kl_as_trained": 0.0}
     parameters = dict(policy.module.named_parameters())
     for folder in sorted((done.path / "checkpoints").iterdir()):
         tree = checkpoint.read(folder)
-        if 0 < tree["step"] < max(rows):
+        if tree["step"] > 0:
             for name, value in tree["parameters"].items():
                 parameters[name].copy_(value)
             media = sample(policy, prompts, **chosen)
-            value = float(score(reward, media, prompts, policy, batch_size=chosen["batch_size"]).mean())
-            yield point(tree["step"], value, kl_to_base(policy, prompts[:MEASURED], **chosen))
-    yield point(max(rows), ends["after"], kl_at_end)
+            yield point(tree["step"], float(score(reward, media, prompts, policy, batch_size=chosen["batch_size"]).mean()))
 
 
 def check_base(records: Sequence[Mapping[str, Any]]) -> None:
@@ -227,7 +252,7 @@ def table(records: Sequence[Mapping[str, Any]], reward: str) -> Iterator[str]:
 
 def cleared(row: Mapping[str, Any]) -> bool:
     """Whether a run with its method's own settings clears the bars."""
-    accuracy = row["evaluation"].get("pairs", {"implicit_accuracy": 1.0})["implicit_accuracy"]
+    accuracy = row.get("implicit_accuracy", 1.0)
     above = row["evaluation"]["rewards"][row["reward"]]["interval"][0] > 0
     return above and row["seconds"] - row["data"]["seconds"] <= MOST_SECONDS and accuracy > LEAST_ACCURACY
 
@@ -239,10 +264,27 @@ def bars(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for row in records:
         level = row["evaluation"]["rewards"][row["reward"]]
         low, high = level["interval"]
-        accuracy = f"{row['evaluation']['pairs']['implicit_accuracy']:.3f}" if "pairs" in row["evaluation"] else ""
+        accuracy = f"{row['implicit_accuracy']:.3f}" if "implicit_accuracy" in row else ""
         cells = [row["method"], f"`{row['reward']}`", row["seed"], f"{level['before']:.3f}", f"{level['after']:.3f}"]
         cells += [f"{level['difference']:+.3f} [{low:+.3f}, {high:+.3f}]", accuracy, f"{row['seconds'] - row['data']['seconds']:.0f}"]
         yield "| " + " | ".join(map(str, [*cells, "cleared" if cleared(row) else "MISSED"])) + " |"
+
+
+def at_equal_reward(records: Sequence[Mapping[str, Any]], to: str = "ddpo") -> Iterator[str]:
+    """Markdown: where the policy-gradient methods end, and the KL that the method `to` has where its curve passes the same reward."""
+    yield f"| method | seed | gain | KL as trained | {to}'s at the same gain | ratio |"
+    yield "| --- " * 6 + "|"
+    curves = {
+        (r["method"], r["seed"]): [(p["held_out"] - r["curve"][0]["held_out"], p.get("kl_as_trained")) for p in r["curve"]] for r in records
+    }
+    for (method, seed), points in curves.items():
+        (gain, kl), others = points[-1], curves.get((to, seed), [])
+        if method == to or kl is None:
+            continue
+        for (low, before), (high, after) in itertools.pairwise(others):
+            if low <= gain <= high:
+                other = before + (after - before) * (gain - low) / (high - low)
+                yield f"| {method} | {seed} | {gain:+.3f} | {kl:.4f} | {other:.4f} | {kl / other:.2f} |"
 
 
 def plot(records: Sequence[Mapping[str, Any]], rewards: Sequence[str], column: str, file: Path) -> None:
@@ -265,7 +307,7 @@ def plot(records: Sequence[Mapping[str, Any]], rewards: Sequence[str], column: s
         axes.set(xlabel=column.replace("_", " "), ylabel=f"{reward}, held-out prompts")
         axes.grid(alpha=0.3)
     lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
-    figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize="small")
+    figure.legend(lines.values(), map(str, lines), loc="outside right upper", fontsize="small")
     file.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(file)
 
@@ -304,6 +346,7 @@ def main() -> int:
         plot(records, rewards, column, chosen.docs / "images" / f"{name}-{axis}.png")
     if budget.name == "preset":
         print("\n".join(bars(done)))
+        print("\n".join(["", *at_equal_reward(done)]))
     for reward in rewards:
         print(f"\n### Trained on `{reward}`, {len(chosen.seeds)} seeds, budget: {budget.name}\n")
         print("\n".join(table(records, reward)))

@@ -22,7 +22,7 @@ from diffalign.advantages import Kind, advantages
 from diffalign.errors import InputError
 from diffalign.types import Alone, Context, Processes
 
-KINDS: list[Kind] = ["global", "per_prompt", "group", "loo", "greedy"]
+KINDS: list[Kind] = ["global", "per_prompt", "group", "group_global", "loo", "greedy"]
 T = TypeVar("T")
 
 
@@ -80,6 +80,13 @@ def test_group():
     assert ours == pytest.approx([-3 / (a + 0.5), -10 / 10.5, 1 / (a + 0.5), 0, 10 / 10.5, 2 / (a + 0.5), 0])
 
 
+def test_group_over_the_deviation_of_all():
+    # a: 1, 5, 6, mean 4; b: 10, 30, mean 20; of all: mean 10.4, squared distances 88.36, 0.16, 29.16, 384.16, 19.36, variance 104.24
+    std = math.sqrt(104.24)
+    ours = of("group_global", [1, 10, 5, 30, 6], "ababa", epsilon=0.5)
+    assert ours == pytest.approx([x / (std + 0.5) for x in (-3, -10, 1, 10, 2)])
+
+
 def test_loo():
     # a: 1, 5, 6: 1 - 5.5, 5 - 3.5, 6 - 3; b: 10 - 30 and 30 - 10
     assert of("loo", [1, 10, 5, 30, 6], "ababa", clip=100) == pytest.approx([-4.5, -20, 1.5, 20, 3])
@@ -95,7 +102,7 @@ def test_clipping():
     assert max(of("global", [0.0] * 99 + [1.0], "a" * 100)) == 5  # sqrt(99) otherwise
 
 
-@pytest.mark.parametrize("kind", ["global", "per_prompt", "group", "loo"])
+@pytest.mark.parametrize("kind", ["global", "per_prompt", "group", "group_global", "loo"])
 @pytest.mark.parametrize("score", [0.1, -1234.567, 1e8 + 0.3])
 def test_equal_scores_are_exactly_nothing(kind: Kind, score: float):
     """Also in fp32, whose rounded mean of equal numbers is off by as much as epsilon."""
@@ -232,7 +239,7 @@ def test_the_dtype_is_fp32_or_better_and_nothing_has_a_gradient():
             assert not ours.requires_grad
 
 
-@pytest.mark.parametrize("kind", ["group", "loo"])
+@pytest.mark.parametrize("kind", ["group", "group_global", "loo"])
 def test_a_group_of_one_is_an_input_error(kind: Kind):
     with pytest.raises(InputError, match=r"'.*' advantages.*2 of this round's 3 prompts.*--method\.samples 2"):
         of(kind, [1, 2, 3, 4], "abbc")
@@ -259,7 +266,7 @@ def test_what_else_raises():
         of("global", [1, 2], "aab")
     with pytest.raises(ValueError, match="both are"):
         of("greedy", [1, 2], "aa", greedy=torch.zeros(1))
-    with pytest.raises(ValueError, match="give 'global'"):
+    with pytest.raises(ValueError, match="give one of 'global', 'per_prompt', 'group', 'group_global', 'loo', 'greedy'"):
         of("median", [1, 2], "aa")  # pyright: ignore[reportArgumentType]
     for least in (0, 9):
         with pytest.raises(InputError, match="give 1 to 8"):

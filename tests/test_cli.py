@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import yaml
 from PIL import Image
 
 from diffalign.cli import main
+from diffalign.errors import InputError
+from diffalign.settings import Settings
 
 
 def args(files: Path, **flags: Any) -> list[str]:
@@ -26,6 +30,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"reward": "shapes-clap"}, "no reward 'shapes-clap'. Did you mean 'shapes-clip'?"),
     ({"reward": "jpeg-compressibility"}, "has none. Choose a differentiable reward"),
     ({"reward": "FILES/rewards.py:plain"}, "declare yours with @diffalign.reward(differentiable=True)"),
+    ({"reward": "FILES/classes.py:Silent"}, "does not declare differentiable and modality"),
+    ({"reward": "FILES/classes.py:Half"}, "does not declare modality: give"),
+    ({"reward": "FILES/classes.py:unreal"}, "returned complex numbers"),
     ({"reward": "FILES/rewards.py:rde"}, "holds no 'rde'. Did you mean 'red'?"),
     ({"reward": "FILES/nothing.py:red"}, "nothing.py does not exist"),
     ({"reward": "FILES/broken.py:red"}, "does not load: SyntaxError"),
@@ -46,7 +53,15 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"prompts": "FILES/bad.jsonl"}, "line 2"),
     ({"prompts": "FILES"}, "no prompt file"),
     ({"steps": 0}, "steps is 0: give 1 or more"),
-    ({"steps": "many"}, "steps: Expected a int"),
+    ({"steps": "many"}, "steps is many: give a whole number."),
+    ({"steps": "1e3"}, "steps is 1000.0: give a whole number."),
+    ({"full": "perhaps"}, "full is perhaps: give true or false."),
+    ({"lora.alpha": "much"}, "lora.alpha is much: give a number or null."),
+    ({"betas": "[1]"}, "betas is [1]: give a list with 2 elements."),
+    ({"method": ""}, "method is '': give a name"),
+    ({"reward": ""}, "reward is '': give a name"),
+    ({"data": ""}, "data is empty"),
+    ({"output": ""}, "output is empty"),
     ({"method.k": 3}, "method.k is 3: give 1 to 2"),
     ({"method.inference_steps": 1001}, "1 to 1000"),
     ({"stesp": 3}, "no setting 'stesp'. Did you mean 'steps'?"),
@@ -62,9 +77,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"method": "FILES/rewards.py:red"}, "is no method: it lacks needs"),
     ({"lora.target_modules": "[nothing]"}, "fit no layer"),
     ({"lora.init": "FILES/none"}, "does not exist"),
-    ({"precision": "fp61"}, "precision"),
+    ({"precision": "fp61"}, "precision is fp61: give fp32 or bf16 or fp16."),
     ({"precision": "fp16"}, "fp16 needs a GPU"),
     ({"device": "cuda:7"}, "cannot be used here"),
+    ({"device": "meta"}, "'meta' cannot be used here"),
     ({"height": 7}, "multiples of 2"),
     ({"config": "FILES/none.yaml"}, "no config file"),
     ({"config": "FILES/unknown.yaml"}, "no setting 'lora.rnk'. Did you mean 'lora.rank'?"),
@@ -81,6 +97,12 @@ def bad(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bad") / "files"
     shutil.copytree(files, folder)
     (folder / "broken.py").write_text("def red(:")
+    call = "    def __call__(self, images, prompts): return images.mean((1, 2, 3))\n"
+    (folder / "classes.py").write_text(f"class Silent:\n{call}class Half(Silent):\n    differentiable = True\n")
+    with (folder / "classes.py").open("a") as file:
+        file.write(
+            "import diffalign\n@diffalign.reward(differentiable=True)\ndef unreal(images, prompts): return images.mean((1, 2, 3)) * 1j\n"
+        )
     (folder / "empty.txt").write_text("\n  \n")
     (folder / "binary.txt").write_bytes(bytes(range(256)))
     (folder / "zeros.txt").write_bytes(b"a\0b\n")
@@ -107,6 +129,46 @@ def test_bad_input(flags: dict[str, Any], message: str, bad: Path, run_cli: Any,
     assert "Traceback" not in outcome.err
     assert outcome.err.count("error:") == 1
     assert not list((tmp_path / "runs").glob("*")), "a run folder was left behind"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "method: [1]", "method: {name: 3}", "method: {name: draft, k: null}", "reward: [1]", "reward: {name: {a: 1}}", "pipeline: 3",
+        "lora: null", "lora: 3", "lora: {rank: null}", "steps: null", "betas: null", "log: null", "1: 2",
+    ],
+)  # fmt: skip
+def test_odd_config_files(text: str, run_cli: Any, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text + "\n")
+    outcome = run_cli("train", "--config", "c.yaml")
+    assert outcome.status == 2, outcome.err
+    assert outcome.err.count("error:") == outcome.err.count("\n") == 1
+
+
+def test_words_that_belong_to_no_flag(run_cli: Any) -> None:
+    assert "'100' belongs to no flag" in run_cli("train", "--steps", 10, 100).err
+    assert "--method.name: expected one argument" in run_cli("train", "--method", "--steps", 10).err
+    assert yaml.safe_load(run_cli("train", "--full", "no", "--print-config").out)["full"] is False
+    assert yaml.safe_load(run_cli("train", "--full", "--steps", 3, "--print-config").out)["full"] is True
+
+
+@pytest.mark.parametrize("field", [field for field in fields(Settings) if re.search("int|float", str(field.type))], ids=lambda f: f.name)
+def test_no_number_is_nan(field: Any) -> None:
+    nan = float("nan")
+    given: dict[str, Any] = {field.name: (nan, nan) if field.name == "betas" else nan}
+    with pytest.raises(InputError, match=f"{field.name} is .*nan"):
+        Settings(**given)
+
+
+def test_memory_that_is_not_there(run_cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy as np
+    import torch
+
+    for ask in (lambda *_: torch.empty(10**16), lambda *_: np.empty(10**16)):
+        monkeypatch.setattr("diffalign.session.start", ask)
+        outcome = run_cli("train")
+        assert outcome.status == 2
+        assert re.fullmatch(r"error: Out of memory \(.*llocat.*\)\. Lower --batch-size .*\n", outcome.err), outcome.err
 
 
 def test_debug_shows_the_traceback(run_cli: Any) -> None:
@@ -143,6 +205,23 @@ def test_print_config_is_a_config(run_cli: Any, tmp_path: Path) -> None:
     assert run_cli("train", "--config", "c.yaml", "--print-config").out == printed
     changed = yaml.safe_load(run_cli("train", "--config=c.yaml", "--seed=4", "--print-config").out)
     assert changed == {**config, "seed": 4}
+
+
+def test_a_rewards_mapping_is_a_config_too(run_cli: Any, tmp_path: Path) -> None:
+    (tmp_path / "mixed.py").write_text(
+        "class Mixed:\n"
+        "    differentiable, modality = True, 'image'\n"
+        "    def __init__(self, weights: dict[str, float] | None = None, deep: dict[str, dict[str, int]] = {'a': {'b': 1}}): ...\n"
+        "    def __call__(self, images, prompts): ...\n"
+    )
+    weights = ("--reward.weights", '{"red": 0.5, "blue": 2}')
+    printed = run_cli("train", "--reward", "mixed.py:Mixed", *weights, "--print-config").out
+    assert yaml.safe_load(printed)["reward"]["weights"] == {"red": 0.5, "blue": 2.0}
+    (tmp_path / "c.yaml").write_text(printed.replace("b: 1", "b: 7"))
+    again = run_cli("train", "--config", "c.yaml", "--print-config")
+    assert again.out == printed.replace("b: 1", "b: 7") != printed, again.err
+    replaced = run_cli("train", "--config", "c.yaml", "--reward.weights", '{"red": 1}', "--print-config").out
+    assert yaml.safe_load(replaced)["reward"]["weights"] == {"red": 1.0}
 
 
 def test_layers_of_defaults(run_cli: Any, tmp_path: Path, files: Path) -> None:

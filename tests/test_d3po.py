@@ -119,6 +119,32 @@ def test_rounds_without_any_pair_take_no_step_and_end_in_an_error():
         list(d3po().losses(a_toy(), constant, FOUR, context))
 
 
+def test_more_updates_than_a_round_can_have_transitions_is_an_error_before_anything_is_sampled():
+    """4 prompts, so 4 pairs at most, of 2 steps each; of 1 where one alone is random."""
+    for random_steps, most in ((None, 8), (1, 4)):
+        policy = a_toy()
+        assert sum(loss.update for loss in losses(policy, FOUR, updates=most, random_steps=random_steps)) == most
+        policy.graphs.clear()
+        with pytest.raises(InputError, match=rf"{most + 1} optimiser steps cannot share the {most} transitions .* lower method.updates"):
+            losses(policy, FOUR, updates=most + 1, random_steps=random_steps)
+        assert policy.graphs == []
+
+
+def test_rounds_with_fewer_transitions_than_updates_are_passed_over_and_at_last_refused():
+    """Two of the four prompts have a pair: 4 transitions for 5 updates."""
+
+    @reward(differentiable=False)
+    def only_of_two(media: Tensor, prompts: Prompts) -> Tensor:
+        return torch.tensor([float(x) if text in ("0", "2") else 7.0 for x, text in zip(media[:, 0], prompts.text, strict=True)])
+
+    context = a_context(FOUR)
+    for _ in range(9):
+        assert list(d3po(updates=5).losses(a_toy(), only_of_two, FOUR, context)) == []
+    with pytest.raises(InputError, match=r"too few samples .* 4 transitions, for 5 optimiser steps. Lower method.updates"):
+        list(d3po(updates=5).losses(a_toy(), only_of_two, FOUR, context))
+    assert len(list(d3po(updates=4).losses(a_toy(), only_of_two, FOUR, context))) == 4
+
+
 def test_where_one_process_has_no_pair_all_pass_the_round_over():
     """They would wait for its gradient for ever."""
     constant = reward(differentiable=False)(lambda media, prompts: torch.ones(len(media)))
@@ -164,8 +190,8 @@ def test_the_preferred_samples_become_likelier():
         ({"updates": 0}, "method.updates is 0"),
         ({"eta": 0.0}, "method.eta is 0.0"),
         ({"beta": 0.0}, "method.beta is 0.0"),
-        ({"ratio_clip": 0.0}, "method.ratio_clip 0.0"),
-        ({"ratio_clip": 1.0}, "method.ratio_clip 1.0: give above 0, and between 0 and 1"),
+        ({"ratio_clip": 0.0}, "method.ratio_clip is 0.0: give a number between 0 and 1"),
+        ({"ratio_clip": 1.0}, "method.ratio_clip is 1.0"),
     ],
 )
 def test_wrong_settings_are_errors_with_their_mend(fields: dict[str, Any], says: str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -23,6 +24,16 @@ def test_files(tmp_path: Path) -> None:
             read_prompts(str(tmp_path / "b.jsonl"))
     with pytest.raises(InputError, match="give hf:user/dataset/path"):
         read_prompts("hf:nothing")
+
+
+def test_a_pipe() -> None:
+    end, start = os.pipe()
+    os.write(start, b"a dog\n\na cat\n")
+    os.close(start)
+    assert read_prompts(f"/dev/fd/{end}") == ["a dog", "a cat"]
+    with pytest.raises(InputError, match="holds no prompts"):
+        read_prompts(f"/dev/fd/{end}")  # it is empty now
+    os.close(end)
 
 
 @pytest.mark.parametrize("prompts", [[], [""], ["a", "  "], ["a", 3]])

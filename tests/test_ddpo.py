@@ -57,6 +57,8 @@ def advantages_by_hand(kind: Kind, round_: Round) -> Tensor:
             return (r - r.mean()) / (r.std(correction=0) + 1e-6)
         case "group":
             return ((groups(r) - groups(r).mean(0)) / (groups(r).std(0, correction=0) + 1e-6)).flatten()
+        case "group_global":
+            return ((groups(r) - groups(r).mean(0)) / (r.std(correction=0) + 1e-6)).flatten()
         case "loo":
             return (groups(r) - (groups(r).sum(0) - groups(r)) / 3).flatten()
         case "greedy":
@@ -66,7 +68,7 @@ def advantages_by_hand(kind: Kind, round_: Round) -> Tensor:
 
 
 @pytest.mark.parametrize("estimator", ["is", "sf"])
-@pytest.mark.parametrize("kind", ["global", "per_prompt", "group", "loo", "greedy"])
+@pytest.mark.parametrize("kind", ["global", "per_prompt", "group", "group_global", "loo", "greedy"])
 def test_the_first_gradient_is_reinforces(kind: Kind, estimator: str):
     """`-mean A grad log pi` over all transitions of the round."""
     policy = a_toy()
@@ -244,6 +246,40 @@ def test_the_statistics_of_prompts_live_in_the_memory(tmp_path: Path):
     assert abs(value(ours)) > 1e-3
 
 
+def test_how_many_scores_of_a_prompt_are_kept_and_needed():
+    """4 of each a round. After two rounds, the last 6 of a prompt's 8; with `least` 7 they never suffice."""
+    policy, context = a_toy(), a_context(PROMPTS)
+    rounds = [losses(policy, context, buffer=6, least=6, advantage_clip=100.0) for _ in range(2)]
+    kept = torch.tensor([*context.memory["prompt_scores"].values()], dtype=torch.float64)
+    assert kept.shape == (3, 6)
+    own = (kept[:, -4:] - kept.mean(1, keepdim=True)) / (kept.std(1, correction=0, keepdim=True) + 1e-6)
+    assert value(rounds[1]) == pytest.approx(-float(own.mean()), abs=1e-9)
+    assert abs(value(rounds[1])) > 1e-3
+    assert value(rounds[0]) == pytest.approx(0, abs=1e-9), "the round's own statistics"
+    assert value(losses(policy, context, buffer=7, least=7, advantage_clip=100.0)) != pytest.approx(0, abs=1e-3)
+    context = a_context(PROMPTS)
+    for _ in range(3):
+        assert value(losses(policy, context, buffer=32, least=13)) == pytest.approx(0, abs=1e-9)
+
+
+def test_one_instruction_for_two_pictures_is_two_prompts():
+    """The picture is worth a hundred, the sample next to nothing: within a picture's group that says nothing."""
+    policy, pictures = a_toy(), torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, 3, 2, 2)
+    edits = Prompts(("0.5", "0.5"), image=pictures)
+
+    @reward(differentiable=False)
+    def mostly_of_the_source(media: Tensor, prompts: Prompts) -> Tensor:
+        assert prompts.image is not None
+        return 100 * prompts.image[:, 0, 0, 0] + nearness(media, prompts)
+
+    def slope(score: Any, prompts: Prompts) -> Tensor:
+        return total(list(ddpo(advantage="loo", advantage_clip=1e9).losses(policy, score, prompts, a_context(prompts))), policy)
+
+    apart = slope(mostly_of_the_source, edits)
+    torch.testing.assert_close(apart, slope(nearness, edits), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(apart, slope(nearness, Prompts(edits.text)), rtol=1e-3), "the baseline is the picture's own"
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
@@ -256,12 +292,16 @@ def test_the_statistics_of_prompts_live_in_the_memory(tmp_path: Path):
         ({"eta": 1.1}, "method.eta is 1.1"),
         ({"random_steps": 0}, "method.random_steps is 0: give 1 to 4"),
         ({"random_steps": T + 1}, "method.random_steps is 5: give 1 to 4"),
-        ({"clip": 0.0}, "method.clip and method.advantage_clip must be above 0"),
-        ({"advantage_clip": -1.0}, "method.advantage_clip must be above 0"),
-        ({"kl_weight": -0.1}, "method.kl_weight 0 or more"),
+        ({"clip": 0.0}, "method.clip is 0.0: give a number above 0"),
+        ({"advantage_clip": 0.0}, "method.advantage_clip is 0.0: give a number above 0"),
+        ({"kl_weight": -0.1}, "method.kl_weight is -0.1: give 0 or more"),
+        ({"buffer": 0}, "method.buffer is 0: give 1 or more"),
+        ({"buffer": 8}, r"method.least is 16: give 1 to 8 \(method.buffer\)"),
+        ({"least": 0}, "method.least is 0: give 1 to 32"),
         ({"fraction": 0.0}, "method.fraction is 0.0: give a share above 0, up to 1"),
         ({"fraction": 1.5}, "method.fraction is 1.5"),
         ({"advantage": "group", "samples": 1}, "method.advantage group compares samples of one prompt: give method.samples 2"),
+        ({"advantage": "group_global", "samples": 1}, "method.advantage group_global"),
         ({"advantage": "loo", "samples": 1}, "method.advantage loo"),
         ({"estimator": "sf", "updates": 2}, "method.estimator sf takes one optimiser step a round"),
         ({"estimator": "sf", "inner_epochs": 2}, "method.estimator sf"),
@@ -274,8 +314,9 @@ def test_wrong_settings_are_errors_with_their_mend(fields: dict[str, Any], says:
 
 def test_the_defaults_are_the_papers():
     assert DDPO() == DDPO(
-        estimator="is", inference_steps=50, eta=1.0, updates=2, inner_epochs=1, clip=1e-4, advantage="per_prompt", advantage_clip=5.0
-    )
+        estimator="is", inference_steps=50, eta=1.0, updates=2, inner_epochs=1, clip=1e-4, advantage="per_prompt", advantage_clip=5.0,
+        buffer=32, least=16,
+    )  # fmt: skip
     settings = DDPO.defaults
     assert (settings["learning_rate"], settings["weight_decay"], settings["max_grad_norm"]) == (3e-4, 1e-4, 1.0)
     assert (settings["guidance_scale"], settings["lora"]) == (5.0, {"rank": 4})

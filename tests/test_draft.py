@@ -138,10 +138,10 @@ def test_it_raises_the_reward(fields: dict[str, Any]):
     [
         ({"k": 0}, "method.k is 0: give 1 to 50"),
         ({"k": 9, "inference_steps": 8}, "method.k is 9: give 1 to 8"),
-        ({"inference_steps": 0}, "method.k is 1: give 1 to 0"),
-        ({"n": -1}, "method.n is -1"),
-        ({"n": 2, "k": 2}, "method.n is 2 with k = 2: DRaFT-LV takes k = 1"),
-        ({"reference_weight": -0.1}, "reference_weight is -0.1: give 0 or more"),
+        ({"inference_steps": 0}, "method.inference_steps is 0: give 1 or more"),
+        ({"n": -1}, "method.n is -1: give 0 or more"),
+        ({"n": 2, "k": 2}, r"method.k is 2: give 1: DRaFT-LV \(method.n 2\) goes through the last step alone"),
+        ({"reference_weight": -0.1}, "method.reference_weight is -0.1: give 0 or more"),
     ],
 )
 def test_wrong_settings_are_errors_with_their_mend(fields: dict[str, Any], says: str):

@@ -173,10 +173,17 @@ def test_what_the_trained_model_is_asked_for():
 
 
 @pytest.mark.parametrize(
-    "fields", [{"beta": 0.0}, {"cap": 0.5}, {"forwards": 0}, {"drop_text": -0.1}, {"drop_image": 0.5, "drop_both": 0.6}], ids=str
+    ("fields", "says"),
+    [
+        ({"beta": 0.0}, "method.beta is 0.0: give a number above 0"),
+        ({"cap": 0.5}, "method.cap is 0.5: give 1 or more"),
+        ({"forwards": 0}, "method.forwards is 0: give 1 or more"),
+        ({"drop_text": -0.1}, "method.drop_text is -0.1: give a share from 0 to 1"),
+        ({"drop_image": 0.5, "drop_both": 0.6}, "method.drop_text, method.drop_image and method.drop_both are above 1 together"),
+    ],
 )
-def test_wrong_fields_are_errors(fields: dict[str, Any]):
-    with pytest.raises(InputError, match=next(iter(fields))):
+def test_wrong_settings_are_errors_with_their_mend(fields: dict[str, Any], says: str):
+    with pytest.raises(InputError, match=says):
         HIVE(**fields)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -17,6 +20,7 @@ from diffalign.evaluate import sample
 from diffalign.loop import Row, Training, make_accelerator, prepare, train
 from diffalign.lora import LoRA
 from diffalign.methods.draft import DRaFT
+from diffalign.models import make_policy
 from diffalign.pipelines.stable_diffusion import StableDiffusion
 from diffalign.settings import Settings
 from diffalign.types import Context, Loss, Needs, Policy, Prompts, Reward
@@ -127,6 +131,42 @@ def test_the_state_comes_back() -> None:
     state["parameters"] = {"unknown": torch.zeros(1)}
     with pytest.raises(InputError, match="do not fit this model"):
         other.restore(state)
+
+
+def test_a_process_with_another_precision_already() -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # other tests have made one
+    Accelerator(mixed_precision="bf16")
+    assert make_accelerator(Settings(device="cpu")).mixed_precision == "no"
+
+
+def test_weights_that_train_are_not_rounded() -> None:
+    """With `full` the network and its base keep every bit in bf16, and run in it all the same."""
+    exact = tiny.stable_diffusion().unet.state_dict()
+    plain, half = (
+        make_policy(Settings(full=True, precision=precision, device="cpu"), tiny.stable_diffusion()) for precision in ("fp32", "bf16")
+    )
+    for module in (half.module, half.frozen):
+        assert all(w.dtype == torch.float32 and torch.equal(w, exact[name]) for name, w in module.state_dict().items())
+    at, x, condition = plain.path.schedule(2).now[0], torch.randn(1, 4, 8, 8), plain.encode(Prompts(("a dog",)))
+    with torch.no_grad():
+        error = float((plain.predict(x, at, condition) - half.predict(x, at, condition)).abs().max())
+    assert 1e-4 < error < 0.1
+
+
+def test_only_the_first_process_speaks(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch.distributed as d; from diffalign.console import say\n"
+        "d.init_process_group('gloo', init_method=f'file://{sys.argv[2]}', rank=int(sys.argv[1]), world_size=2)\n"
+        "say(f'I am {d.get_rank()}'); d.barrier(); d.destroy_process_group()"
+    )
+    command = [sys.executable, "-c", code]
+    both = [subprocess.Popen([*command, str(rank), str(tmp_path / "meet")], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    said = "".join(process.communicate(timeout=120)[1] for process in both)
+    assert [process.returncode for process in both] == [0, 0], said
+    assert [line for line in said.splitlines() if "I am" in line] == ["I am 0"]
 
 
 @pytest.mark.parametrize("full", [False, True])

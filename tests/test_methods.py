@@ -50,7 +50,8 @@ CASES = {
     "kto": Case({"beta": 20.0}, 0.1, 60, 0.5),
     "mapo": Case({}, 0.1, 60, 0.5),
 }
-ANY_NUMBER = {("alignprop", "k"), ("diffusion-dpo", "offset"), ("refl", "phi")}  # -1 is as good as another, or is not used
+ANY_SIGN = {("diffusion-dpo", "offset"), ("refl", "phi")}
+UNBOUNDED = {("ddpo", "advantage_clip"), ("rwr", "cap"), ("raft", "cap"), ("hive", "cap")}  # infinity: nothing is cut
 
 
 def its_class(name: str) -> tuple[Any, dict[str, Any]]:
@@ -84,7 +85,7 @@ def examples(kind: str, seed: int, n: int = 64) -> Examples:
 
 
 def losses(method: Method, policy: Toy, batch: int, context: Context) -> Iterator[Loss]:
-    data = method.needs.data is not None and not method.needs.data_is_optional
+    data = method.needs.data is not None and method.needs.data_role == "only"
     given = examples(str(method.needs.data), batch) if data else PROMPTS
     return method.losses(policy, nearness if method.needs.reward else None, given, context)
 
@@ -217,15 +218,19 @@ def test_its_defaults_are_settings_and_resolve(name: str):
     assert plan.method == found(**{**found.defaults.get("method", {}), **preset})
 
 
+@pytest.mark.parametrize(("value", "fine"), [(-1, ANY_SIGN), (math.nan, set()), (math.inf, UNBOUNDED)], ids=["negative", "nan", "inf"])
 @pytest.mark.parametrize("name", [*registry.METHODS])
-def test_a_negative_number_is_an_error_that_names_its_field(name: str):
+def test_a_number_that_makes_no_sense_is_an_error_that_names_its_field(name: str, value: float, fine: set[tuple[str, str]]):
     found, preset = its_class(name)
-    numbers = [field.name for field in fields(found) if isinstance(field.default, int | float) and not isinstance(field.default, bool)]
+    numbers = [field.name for field in fields(found) if str(field.type).split(" | ")[0] in ("int", "float")]
     assert numbers
     for field in numbers:
-        if (name, field) not in ANY_NUMBER:
-            with pytest.raises(InputError, match=rf"method\.{field}\b"):
-                found(**{**preset, field: -1})
+        given = {**preset, field: value}
+        if (name, field) in fine:
+            assert vars(found(**given))[field] == value
+            continue
+        with pytest.raises(InputError, match=rf"^method\.{field} is {value}: give .*\.$"):
+            found(**given)
 
 
 @pytest.mark.parametrize("name", [*registry.METHODS])
@@ -234,7 +239,7 @@ def test_it_says_what_it_needs(name: str):
     needs = found.needs
     assert needs.reward or needs.data, "there is something to learn from"
     assert not (needs.differentiable_reward and not needs.reward)
-    assert needs.data or not needs.data_is_optional
+    assert needs.data or needs.data_role == "only"
     assert (needs.differentiable_reward and registry.METHODS[name].facts == "differentiable reward") or not needs.differentiable_reward
 
 

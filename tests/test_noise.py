@@ -152,6 +152,14 @@ def test_diffusion_draws_every_training_timestep_alike():
     assert float((counts - 2000).abs().max()) < 5 * 2000**0.5
 
 
+def test_what_cannot_be_learnt_is_not_drawn():
+    """At zero terminal SNR the last timestep holds no signal: to v-prediction its own, to epsilon a target that is the input."""
+    for prediction, last in (("epsilon", 18), ("v_prediction", 19), ("sample", 19)):
+        at = diffusion(num_train_timesteps=20, prediction_type=prediction, **ZERO_SNR).draw(2_000, Generator().manual_seed(0))
+        assert int(at.t.max()) == last
+        assert (float(at.alpha.min()) == 0) == (last == 19)
+
+
 @pytest.mark.parametrize(
     ("path", "added"),
     [(flow(shift=3.0), math.log(3)), (flow(0.8, **DYNAMIC), 0.8), (flow(2.5, time_shift_type="linear", **DYNAMIC), math.log(2.5))],

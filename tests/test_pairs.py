@@ -235,7 +235,7 @@ def test_the_place_in_a_batch_and_the_noise_are_the_prompts_own(files: Path) -> 
 
     one, other = third(0), third(3)
     assert one.prompt == other.prompt == "a"
-    for (picture, score), (again, score_again) in zip(one.samples, other.samples, strict=True):
-        assert torch.equal(picture, again)
-        assert score == score_again
-    assert not torch.equal(one.samples[0][0], one.samples[1][0])
+    for drawn, again in zip(one.samples, other.samples, strict=True):
+        assert torch.equal(drawn.picture, again.picture)
+        assert drawn.score == again.score
+    assert not torch.equal(one.samples[0].picture, one.samples[1].picture)

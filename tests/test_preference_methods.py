@@ -169,17 +169,19 @@ def sigmoid(x: float) -> float:
 
 def f(kind: str, m: float, beta: float, offset: float) -> float:
     match kind:
-        case "logistic":
+        case "logistic" | "dpo":
             return -math.log(sigmoid(beta * m - offset))
-        case "squared":
+        case "squared" | "ipo":
             return (m - offset - 1 / (2 * beta)) ** 2
-        case _:
+        case "hinge" | "slic":
             return max(0.0, 1 - (beta * m - offset))
+        case _:
+            raise AssertionError(kind)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("offset", [0.0, 0.3])
-@pytest.mark.parametrize("kind", ["logistic", "squared", "hinge"])
+@pytest.mark.parametrize("kind", ["logistic", "squared", "hinge", "dpo", "ipo", "slic"])
 def test_diffusion_dpo_by_hand(noised: list[Noised], kind: Any, offset: float, smoothing: float):
     """f of `-[(e_w - e_w_ref) - (e_l - e_l_ref)]` with beta / 2."""
     policy = a_toy()
@@ -271,19 +273,34 @@ def test_ktos_baseline_is_0_where_the_mean_gain_is_less_and_the_gain_elsewhere(n
         assert z == pytest.approx(max(mean, 0.0))
 
 
-def test_ktos_baseline_is_of_all_processes():
-    def a_process(processes: Processes) -> tuple[float, float, float]:
+def test_ktos_baseline_and_gains_are_of_all_processes():
+    def a_process(processes: Processes) -> tuple[dict[str, float], dict[str, float], float]:
         policy, batch = a_toy(), labels(True, False, True, False, seed=processes.rank + 2)
         together = once(KTO(beta=5.0), policy, batch, a_context(PROMPTS, seed=processes.rank, processes=processes))
         alone = once(KTO(beta=5.0), policy, batch, a_context(PROMPTS, seed=processes.rank))
-        gain = (together.metrics["gain_liked"] + together.metrics["gain_disliked"]) / 2
-        return float(together.metrics["baseline"]), float(gain), abs(value([together]) - value([alone]))
+        metrics = [{name: float(number) for name, number in loss.metrics.items()} for loss in (together, alone)]
+        return metrics[0], metrics[1], abs(value([together]) - value([alone]))
 
-    (first, gain, differs), (second, other, _) = in_processes(a_process)
-    assert first == second == pytest.approx(max((gain + other) / 2, 0))
-    assert first > 0
-    assert gain != other
+    (first, its_own, differs), (second, the_others, _) = in_processes(a_process)
+    for name in ("gain_liked", "gain_disliked"):
+        assert its_own[name] != the_others[name]
+        assert first[name] == second[name] == pytest.approx((its_own[name] + the_others[name]) / 2)
+    assert first["baseline"] == second["baseline"] == pytest.approx(max((first["gain_liked"] + first["gain_disliked"]) / 2, 0))
+    assert first["baseline"] > 0
     assert differs > 0
+
+
+def test_processes_log_the_same_metrics_where_one_has_a_label_alone():
+    """The loop averages them over the processes by their names."""
+
+    def a_process(processes: Processes) -> dict[str, float]:
+        batch = labels(*([True] * 4 if processes.rank == 0 else [True, True, False, False]), seed=processes.rank)
+        loss = once(KTO(), a_toy(), batch, a_context(PROMPTS, seed=processes.rank, processes=processes))
+        return {name: float(loss.metrics[name]) for name in ("gain_liked", "gain_disliked", "baseline")}
+
+    first, second = in_processes(a_process)
+    assert first == second
+    assert first["gain_disliked"] != 0
 
 
 def test_kto_begins_at_a_half():
@@ -294,10 +311,12 @@ def test_kto_begins_at_a_half():
     assert value([once(KTO(desirable_weight=3.0), a_toy(0.0), labels(True, True, True, False))]) == pytest.approx((9 + 1) / 8)
 
 
-def test_a_batch_of_one_label_says_0_of_the_other():
-    liked = once(KTO(), a_toy(), labels(True, True, True, True))
-    assert liked.metrics["gain_disliked"] == 0.0
-    assert liked.metrics["gain_liked"] != 0
+@pytest.mark.parametrize(("label", "said", "unsaid"), [(True, "gain_liked", "gain_disliked"), (False, "gain_disliked", "gain_liked")])
+def test_a_batch_of_one_label_says_nothing_of_the_other(label: bool, said: str, unsaid: str):
+    """A 0 would pull the mean over the micro-batches towards it."""
+    loss = once(KTO(), a_toy(), labels(*[label] * 4))
+    assert unsaid not in loss.metrics
+    assert loss.metrics[said] != 0
 
 
 # --- MaPO ---
@@ -335,15 +354,14 @@ def test_mapos_gradient_is_of_both_errors(noised: list[Noised]):
     ("method", "fields", "says"),
     [
         (DiffusionDPO, {"beta": 0.0}, "method.beta is 0.0: give a number above 0"),
-        (DiffusionDPO, {"label_smoothing": 0.6}, "method.label_smoothing goes from 0 to 0.5"),
-        (DiffusionDPO, {"label_smoothing": -0.1}, "method.label_smoothing"),
-        (DiffusionDPO, {"drop_text": 1.1}, "method.drop_text from 0 to 1"),
-        (KTO, {"beta": -1.0}, "method.beta must be above 0"),
-        (KTO, {"desirable_weight": -1.0}, "method.desirable_weight and method.undesirable_weight 0 or more"),
-        (KTO, {"undesirable_weight": -1.0}, "method.undesirable_weight 0 or more"),
+        (DiffusionDPO, {"label_smoothing": 0.6}, "method.label_smoothing is 0.6: give a share from 0 to 0.5"),
+        (DiffusionDPO, {"drop_text": 1.1}, "method.drop_text is 1.1: give a share from 0 to 1"),
+        (KTO, {"beta": 0.0}, "method.beta is 0.0: give a number above 0"),
+        (KTO, {"desirable_weight": -1.0}, "method.desirable_weight is -1.0: give 0 or more"),
+        (KTO, {"undesirable_weight": -1.0}, "method.undesirable_weight is -1.0: give 0 or more"),
         (KTO, {"drop_text": -0.1}, "method.drop_text is -0.1: give a share from 0 to 1"),
         (MaPO, {"beta": 0.0}, "method.beta is 0.0"),
-        (MaPO, {"s": 0.0}, "method.s 0.0: give numbers above 0"),
+        (MaPO, {"s": 0.0}, "method.s is 0.0: give a number above 0"),
         (MaPO, {"drop_text": 2.0}, "method.drop_text is 2.0"),
     ],
 )

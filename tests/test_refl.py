@@ -17,9 +17,10 @@ from diffalign.contract import reward
 from diffalign.errors import InputError
 from diffalign.lora import LoRA
 from diffalign.methods.refl import ReFL
+from diffalign.pipelines.instruct_pix2pix import InstructPix2Pix
 from diffalign.pipelines.stable_diffusion import StableDiffusion
-from diffalign.sampling import ddim, rollout
-from diffalign.types import Context, Examples, Loss, Processes, Prompts
+from diffalign.sampling import ddim, denoising_error, rollout
+from diffalign.types import Condition, Context, Examples, Level, Loss, Processes, Prompts
 
 T = 8
 PROMPTS = Prompts(("1", "0.5", "-1"))
@@ -30,7 +31,7 @@ def a_toy(**scheduler: Any) -> Toy:
 
 
 def refl(**fields: Any) -> ReFL:
-    return ReFL(**{"inference_steps": T, "first": 4, "last": 6, "pretrain_batches": 2, **fields})
+    return ReFL(**{"inference_steps": T, "first": 4, "last": 6, "pretrain_batches": 2, "drop_text": 0.0, **fields})
 
 
 def losses(policy: Toy, context: Context | None = None, **fields: Any) -> list[Loss]:
@@ -151,6 +152,60 @@ def test_the_denoising_loss_is_else_on_samples_that_the_base_made_once(monkeypat
     assert len({tuple(x.tolist()) for call in calls for x in call.x_0}) == 6, "drawn from all of them"
 
 
+@pytest.mark.parametrize(("share", "least", "most"), [(0.0, 0, 0), (0.25, 0.15, 0.35), (1.0, 1, 1)])
+@pytest.mark.parametrize("data", [True, False])
+def test_a_share_is_trained_with_an_empty_prompt(monkeypatch: pytest.MonkeyPatch, data: bool, share: float, least: float, most: float):
+    """In the toy an empty prompt is 0, and none of ours is. The scored prediction has its prompt."""
+    policy, calls = a_toy(), record_noised(monkeypatch, "diffalign.methods.refl")
+    given = Examples(PROMPTS, torch.zeros(3, 2, dtype=torch.float64))
+    context, seen = a_context(PROMPTS, examples=(lambda: given) if data else None), record(policy)
+    for _ in range(60):
+        losses(policy, context, drop_text=share)
+    empty = torch.cat([call.context for call in calls]) == 0
+    assert least <= float(empty.double().mean()) <= most
+    assert sum(int((call.context == 0).sum()) for call in seen) == int(empty.sum()), "nowhere else"
+
+
+def test_the_base_models_samples_keep_their_pictures(monkeypatch: pytest.MonkeyPatch):
+    """Of a model that edits: each is trained with the instruction, picture and mask that it answers."""
+    policy, encoded, trained_on = InstructPix2Pix.of(tiny.instruct_pix2pix(), guidance_scale=3.0), list[Prompts](), list[Any]()
+    policy.adapt(LoRA(rank=2))
+    encode, rng = policy.encode, Generator().manual_seed(1)
+
+    def listen(prompts: Prompts) -> Condition:
+        encoded.append(prompts)
+        return encode(prompts)
+
+    def spy(policy: InstructPix2Pix, x_0: Tensor, noise: Tensor, at: Level, condition: Condition) -> Tensor:
+        assert condition.null is None
+        trained_on.append((x_0, encoded[-1], condition.tensors["source"]))
+        return denoising_error(policy, x_0, noise, at, condition)
+
+    monkeypatch.setattr(policy, "encode", listen)
+    monkeypatch.setattr("diffalign.methods.refl.denoising_error", spy)
+    red = reward(differentiable=True)(lambda images, prompts: images[:, 0].mean((1, 2)))
+    texts = ("make it red", "two cats")
+    first, second = (Prompts(texts, torch.rand(2, 3, 16, 16, generator=rng), torch.rand(2, 1, 16, 16, generator=rng)) for _ in range(2))
+    context = Context(Generator().manual_seed(0), more=lambda: second)
+    method = ReFL(inference_steps=3, first=1, last=1, pretrain_batches=2, drop_text=0.0)
+    for _ in range(6):
+        list(method.losses(policy, red, first, context))
+
+    pool, whole = context.memory["pretrain"], (first, second)
+    assert pool["prompts"] == [*texts, *texts]
+    for name in ("image", "mask"):
+        assert torch.equal(pool[name], torch.cat([vars(prompts)[name] for prompts in whole]))
+    rows = [[int((pool["x_0"] == x).flatten(1).all(1).nonzero()) for x in x_0] for x_0, _, _ in trained_on]
+    assert {row for batch in rows for row in batch} == {0, 1, 2, 3}
+    sources = encode(Prompts((*texts, *texts), pool["image"])).tensors["source"]
+    assert len(sources.unique(dim=0)) == 4
+    for batch, (_, prompts, source) in zip(rows, trained_on, strict=True):
+        assert prompts.text == tuple(pool["prompts"][row] for row in batch)
+        assert torch.equal(prompts.image, pool["image"][batch])
+        assert torch.equal(prompts.mask, pool["mask"][batch])
+        torch.testing.assert_close(source, sources[batch])
+
+
 def test_the_base_models_samples_survive_a_checkpoint(tmp_path: Path):
     policy, context = a_toy(), a_context(PROMPTS)
     losses(policy, context)
@@ -179,15 +234,17 @@ def test_two_processes_share_the_base_models_samples():
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"first": 0}, "method.first is 0, method.last 6: give 1 <= first <= last < 8"),
-        ({"first": 7}, "method.first is 7"),
-        ({"last": T}, "method.last 8"),
-        ({"inference_steps": 5}, "last < 5, the denoising steps"),
+        ({"first": 0}, "method.first is 0: give 1 to 6"),
+        ({"first": 7}, r"method.first is 7: give 1 to 6 \(method.last\)"),
+        ({"last": T}, "method.last is 8: give 1 to 7, below the denoising steps"),
+        ({"inference_steps": 5}, "method.last is 6: give 1 to 4"),
+        ({"inference_steps": 1}, "method.inference_steps is 1: give 2 or more"),
         ({"eta": -0.1}, "method.eta is -0.1: give a number from 0 to 1"),
         ({"eta": 1.1}, "method.eta is 1.1"),
-        ({"reward_weight": 0.0}, "method.reward_weight must be above 0"),
-        ({"pretrain_weight": -1.0}, "method.pretrain_weight 0 or more"),
-        ({"pretrain_batches": 0}, "method.pretrain_batches 1 or more"),
+        ({"reward_weight": 0.0}, "method.reward_weight is 0.0: give a number above 0"),
+        ({"pretrain_weight": -1.0}, "method.pretrain_weight is -1.0: give 0 or more"),
+        ({"pretrain_batches": 0}, "method.pretrain_batches is 0: give 1 or more"),
+        ({"drop_text": 1.1}, "method.drop_text is 1.1: give a share from 0 to 1"),
     ],
 )
 def test_wrong_settings_are_errors_with_their_mend(fields: dict[str, Any], says: str):
@@ -198,6 +255,7 @@ def test_wrong_settings_are_errors_with_their_mend(fields: dict[str, Any], says:
 def test_it_says_what_it_needs_and_the_papers_defaults():
     assert ReFL.needs.differentiable_reward
     assert ReFL.needs.data == "pictures"
-    assert ReFL.needs.data_is_optional
+    assert ReFL.needs.data_role == "besides"
     method = ReFL()
     assert (method.inference_steps, method.first, method.last, method.reward_weight, method.phi) == (40, 30, 39, 1e-3, 2.0)
+    assert method.drop_text == 0.1, "this project's choice"

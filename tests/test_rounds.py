@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -68,6 +69,10 @@ def test_rows_are_ordered_by_batch_then_sample_then_prompt():
     assert torch.equal(round_.trajectory.log_probs, torch.cat([t.log_probs for t in one_by_one], 1))
     assert torch.equal(round_.scores, -((round_.trajectory.final - GOAL) ** 2).sum(1))
     assert not round_.trajectory.states.requires_grad
+
+
+def test_a_rounds_metrics_are_of_its_scores():
+    assert scored(1.0, 2, 4, 1, 0, 4).metrics == pytest.approx({"reward": 2.0, "reward_std": math.sqrt((1 + 0 + 4 + 1 + 4 + 4) / 6)})
 
 
 def test_each_row_is_scored_with_its_own_prompt():
@@ -239,6 +244,28 @@ def test_ten_rounds_without_a_difference_are_an_error():
         nothing_differs(0, like, context)
     with pytest.raises(InputError, match=r"In 10 rounds on end no two samples .* Is it constant"):
         nothing_differs(0, like, context)
+
+
+def test_rounds_that_have_fewer_than_is_wanted_are_passed_over_too():
+    context, like = a_context(FIRST), torch.zeros(1)
+    assert not nothing_differs(4, like, context, wanted=4)
+    assert [nothing_differs(3, like, context, wanted=4) for _ in range(9)] == [True] * 9
+    with pytest.raises(InputError, match=r"In 10 rounds on end too few .* 3 transitions, for 4 optimiser steps. Lower method.updates"):
+        nothing_differs(3, like, context, wanted=4)
+
+
+def test_prompts_of_other_pictures_or_masks_have_other_keys():
+    texts, zeros = ("a", "a", "b"), torch.zeros(3, 3, 2, 2)
+    assert Prompts(texts).keys == texts
+    one_pixel = zeros.clone()
+    one_pixel[1, 2, 1, 1] = 1 / 255
+    same, apart = Prompts(texts, zeros).keys, Prompts(texts, one_pixel).keys
+    assert same[0] == same[1] != same[2]
+    assert (apart[0], apart[2]) == (same[0], same[2])
+    assert len({*apart, *texts}) == 5
+    masked = Prompts(texts, zeros, one_pixel[:, 2:]).keys
+    assert len(set(masked)) == 3
+    assert Prompts(texts, one_pixel)[[2, 1]].keys == (apart[2], apart[1]), "a row's key is its own, wherever it stands"
 
 
 def test_the_first_pass_must_be_what_sampling_gave():

@@ -12,15 +12,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 import torch
+import yaml
 from PIL import Image
 
 import diffalign
 from diffalign import checkpoint
+from diffalign.api import evaluate_run
 from diffalign.errors import InputError
 from diffalign.run import Run
 from diffalign.session import resume
@@ -160,6 +163,119 @@ def test_eval_again(finished: Run, run_cli: Any, tmp_path: Path) -> None:
     assert list(json.loads(target.read_text())["rewards"]) == ["jpeg-compressibility"]
 
 
+def test_the_results_of_eval_are_on_standard_output(finished: Run, run_cli: Any, tmp_path: Path) -> None:
+    outcome = run_cli("eval", finished.path, "--limit", 1, "--output", tmp_path / "e.json")
+    assert "win rate" in outcome.out
+    assert "win rate" not in outcome.err
+    assert "Written" in outcome.err
+
+
+def test_a_reward_that_is_gone_is_not_missed_by_sample(finished: Run, run_cli: Any, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished.path, copy)
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    (copy / "config.yaml").write_text(yaml.safe_dump({**config, "reward": {"name": "/gone/rewards.py:red"}, "log": ["wandb"]}))
+    assert run_cli("sample", copy, "--prompt", "a red dog").status == 0
+    outcome = run_cli("eval", copy)
+    assert outcome.status == 2
+    assert "/gone/rewards.py does not exist" in outcome.err
+    assert "--reward NAME" in outcome.err
+    assert run_cli("eval", copy, "--reward", "jpeg-compressibility", "--limit", 1).status == 0
+    assert "/gone/rewards.py does not exist" in run_cli("train", "--resume", copy, "--steps", STEPS + 1).err
+
+
+def test_a_run_is_the_same_from_anywhere(files: Path, run_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths are from the working folder, in flags and files; the run's own are absolute."""
+    (tmp_path / "c.yaml").write_text("reward: rewards.py:red\nprompts: prompts.txt\neval_rewards: [rewards.py:plain]\n")
+    there, run = tmp_path / "there", tmp_path / "there" / "run"
+    shutil.copytree(files, there)
+    monkeypatch.chdir(there)
+    chosen = ["--pipeline", "model", "--method.inference-steps", 2, "--eval-size", 1]
+    assert run_cli("train", "--config", "../c.yaml", "--output", "run", "--steps", 1, *chosen).status == 0
+    again = ["train", "--config", run / "config.yaml", "--lora.init", "there/run/lora", "--print-config"]
+    monkeypatch.chdir(tmp_path)
+    config = yaml.safe_load(run_cli(*again).out)
+    assert config["pipeline"] == str(there / "model")
+    assert config["prompts"] == str(there / "prompts.txt")
+    assert config["reward"]["name"] == f"{there / 'rewards.py'}:red"
+    assert config["eval_rewards"] == [f"{there / 'rewards.py'}:plain"]
+    assert config["lora"]["init"] == str(run / "lora")
+    assert run_cli("train", "--resume", "there/run", "--steps", 2).status == 0
+    assert run_cli("eval", "there/run").status == 0
+    embedded = yaml.safe_load(run_cli("train", "--print-config").out)
+    assert (embedded["pipeline"], embedded["prompts"], embedded["reward"]["name"]) == ("shapes", "shapes", "shapes-clip")
+
+
+def test_prompts_from_a_pipe(files: Path, tmp_path: Path) -> None:
+    from diffalign.cli import main
+
+    end, start = os.pipe()
+    os.write(start, b"a dog\na cat\n")
+    os.close(start)
+    assert main(train_args(files, tmp_path / "r", prompts=f"/dev/fd/{end}", steps=1, eval_size=0)) == 0
+    os.close(end)
+    assert Run.open(tmp_path / "r").read_prompts("train") == ["a dog", "a cat"]
+
+
+def test_trackers_get_the_settings(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import accelerate
+
+    from diffalign import config
+    from diffalign.cli import main
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(accelerate.Accelerator, "init_trackers", lambda self, name, config: given.update(config))
+    monkeypatch.setattr(config, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: True)))
+    assert main(train_args(files, tmp_path / "r", steps=1, eval_size=0, log="[tensorboard]")) == 0
+    assert (given["learning_rate"], given["lora.rank"], given["method.name"], given["method.inference_steps"]) == (0.01, 8, "draft", 3)
+    assert given["reward.name"].endswith("rewards.py:red")
+    assert all(isinstance(value, bool | int | float | str) for value in given.values()), "what TensorBoard takes as hyperparameters"
+
+
+def test_weights_and_results_are_whole_or_not_there(finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished.path, copy)
+    run, before = Run.open(copy), {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
+
+    def full(path: Path, *_: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def half_saved(folder: Path) -> None:
+        folder.mkdir()
+        full(folder / "pytorch_lora_weights.safetensors")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        for work in (
+            lambda: run.save_weights(SimpleNamespace(frozen=None, save=half_saved)),
+            lambda: run.write_config({}),
+            lambda: run.rewind_metrics(1),
+            lambda: evaluate_run(run, limit=1),
+        ):
+            with pytest.raises(OSError, match="No space left"):
+                work()
+            assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
+    run.save_weights(SimpleNamespace(frozen=None, save=lambda folder: (folder.mkdir(), (folder / "new").touch())))
+    assert [p.name for p in (copy / "lora").iterdir()] == ["new"]
+    assert not [p for p in copy.iterdir() if p.name.startswith(".") and p.name != ".lock"], "nothing is left beside it"
+
+
+def test_what_is_written_whole_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file and folder before the move, and after it the folder that holds the new name."""
+    synced, sync = list[tuple[int, bool]](), os.fsync
+    final = tmp_path / "step-000001"
+
+    def note(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_ino, final.exists()))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    checkpoint.write(tmp_path, 1, {"a": torch.ones(2)}, keep=1)
+    assert sorted(synced[:-1]) == sorted((p.stat().st_ino, False) for p in (final, *final.iterdir()))
+    assert synced[-1] == (tmp_path.stat().st_ino, True)
+
+
 def test_align_a_live_pipeline(tmp_path: Path) -> None:
     pipe = tiny.stable_diffusion()
 
@@ -284,6 +400,9 @@ def test_a_full_disk_keeps_what_was_saved(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_checkpoint_trees_round_trip(tmp_path: Path) -> None:
+    slashes = {"x/y": torch.zeros(1), "x": {"y": torch.ones(1)}, 2: torch.full((1,), 2.0), "2": torch.full((1,), 3.0)}
+    read = checkpoint.read(checkpoint.write(tmp_path, 2, slashes, keep=1))
+    assert [float(t) for t in (read["x/y"], read["x"]["y"], read[2], read["2"])] == [0, 1, 2, 3]
     tree = {"a": torch.arange(3), 1: [None, True, 2, 0.1, "x", {"deep": torch.zeros(0)}], "t": (torch.ones(2, 2).t(),)}
     read = checkpoint.read(checkpoint.write(tmp_path, 3, tree, keep=1))
     assert torch.equal(read["a"], tree["a"])

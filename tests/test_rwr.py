@@ -79,6 +79,24 @@ def test_the_weighted_loss_by_hand(monkeypatch: pytest.MonkeyPatch, beta: float,
     assert len({float(t) for call in calls for t in call.at.t}) > 9, "and levels"
 
 
+def test_the_weights_of_a_picture_are_among_its_own_samples(monkeypatch: pytest.MonkeyPatch):
+    """One instruction for three pictures, whose level is most of the reward: the weights are those without it."""
+    pictures = torch.tensor([0.0, 1.0, 2.0])[:, None, None, None].expand(3, 3, 2, 2)
+    edits = Prompts(("1", "1", "1"), image=pictures)
+
+    @reward(differentiable=False)
+    def mostly_of_the_source(media: Tensor, prompts: Prompts) -> Tensor:
+        assert prompts.image is not None
+        return 64 * prompts.image[:, 0, 0, 0] + nearness(media, prompts)
+
+    def size(score: Any, prompts: Prompts) -> float:
+        (loss,) = rwr(updates=1).losses(a_toy(), score, prompts, a_context(prompts))
+        return float(loss.metrics["effective_sample_size"])
+
+    assert size(mostly_of_the_source, edits) == pytest.approx(size(nearness, edits), rel=1e-4)
+    assert size(mostly_of_the_source, edits) != pytest.approx(size(nearness, Prompts(edits.text)), rel=1e-2)
+
+
 def test_raft_trains_on_the_best_alone(monkeypatch: pytest.MonkeyPatch):
     policy, calls = a_toy(), record_noised(monkeypatch, "diffalign.methods.rwr")
     stored = its_round(policy)
@@ -157,9 +175,9 @@ def test_the_round_is_not_differentiated():
         ({"updates": 0}, "method.updates is 0"),
         ({"forwards": 0}, "method.forwards is 0"),
         ({"eta": -0.1}, "method.eta is -0.1"),
-        ({"drop_text": 1.1}, "method.drop_text 1.1: give numbers from 0 to 1"),
+        ({"drop_text": 1.1}, "method.drop_text is 1.1: give a share from 0 to 1"),
         ({"beta": 0.0}, "method.beta is 0.0"),
-        ({"cap": 0.5}, "method.cap 0.5: give above 0, and 1 or more"),
+        ({"cap": 0.5}, "method.cap is 0.5: give 1 or more"),
     ],
 )
 def test_wrong_settings_are_errors_with_their_mend(fields: dict[str, Any], says: str):

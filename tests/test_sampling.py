@@ -282,6 +282,10 @@ def test_memory_is_flat_in_the_steps_with_a_graph(kind: str, kernel: Kernel):
         (lambda: ddim(2), "eta is 2: give a number from 0 .* to 1"),
         (lambda: ddim(-0.1), "eta is -0.1"),
         (lambda: flow_sde(-1), "a is -1: give 0 .* or more"),
+        (
+            lambda: flow_sde()(torch.zeros(1, 2), torch.zeros(1, 2), *(x[:1] for x in diffusion().schedule(4))),
+            "flow_sde .* a diffusion path",
+        ),
         (lambda: run(a_toy(), ddim(), grad_steps=T + 1), f"through {T + 1} steps .* of {T}: give 0 to {T}"),
         (lambda: run(a_toy(), ddim(), grad_steps=-1), "through -1 steps"),
         (lambda: run(a_toy(), ddim(), grad_steps=4, until=3), "through 4 steps .* of 3: give 0 to 3"),

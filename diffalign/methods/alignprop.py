@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Generator
 
-from diffalign.errors import InputError
+from diffalign.checks import at_least, check
 from diffalign.sampling import ddim, rollout
 from diffalign.types import Context, Loss, Needs, Policy, Prompts, Reward
 
@@ -44,10 +44,10 @@ class AlignProp:
     }
 
     def __post_init__(self) -> None:
-        if self.inference_steps < 1:
-            raise InputError(f"method.inference_steps is {self.inference_steps}: give 1 or more.")
-        if self.truncation == "fixed" and not 1 <= self.k <= self.inference_steps:
-            raise InputError(f"method.k is {self.k}: give 1 to {self.inference_steps}, the denoising steps (method.inference_steps).")
+        at_least(self, inference_steps=1, k=1)
+        if self.truncation == "fixed":
+            most = self.inference_steps
+            check(self, "k", self.k <= most, f"1 to {most}, the denoising steps (method.inference_steps)")
 
     def losses(self, policy: Policy, reward: Reward, batch: Prompts, context: Context) -> Iterator[Loss]:
         k = self._draw(context.rng)

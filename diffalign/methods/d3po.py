@@ -9,19 +9,21 @@ from typing import Any, ClassVar
 
 import torch
 
+from diffalign.checks import above_zero, at_least, check
 from diffalign.errors import InputError
 from diffalign.objectives.preference import Margin, preference, wins
-from diffalign.rounds import best_and_worst, nothing_differs, parts, reference_log_probs, sample_round
+from diffalign.rounds import Round, best_and_worst, check_noise, nothing_differs, parts, reference_log_probs, sample_round, stored_round
 from diffalign.sampling import ddim, replay
-from diffalign.types import Context, Loss, Needs, Policy, Prompts, Reward
+from diffalign.types import Context, Examples, Loss, Needs, Policy, Prompts, Reward
 
 
 @dataclass(frozen=True)
 class D3PO:
     """`-log sigmoid(beta (log rho_w - log rho_l))` on the same denoising step of two samples, `rho = pi_theta / pi_ref`.
 
-    Of a prompt's samples the best and the worst make the pair, by the reward, which may be a person's judgement. A prompt whose samples
-    are worth the same makes none.
+    Of a prompt's samples the best and the worst make the pair, by the reward. A prompt whose samples are worth the same makes none.
+    With data nothing is sampled: the pairs are stored trajectories that people have judged (`diffalign pairs --trajectories`), with the
+    denoising steps and the eta that they were made with.
     """
 
     beta: float = 0.1
@@ -29,7 +31,7 @@ class D3PO:
     ratio_clip: float = 0.1
     """rho is cut to 1 plus or minus this, as in the authors' code."""
     loss: Margin = "logistic"
-    """f of the margin: logistic (DPO), squared (IPO), hinge (SLiC)."""
+    """f of the margin: logistic (or dpo), squared (ipo), hinge (slic)."""
     inference_steps: int = 20
     """Denoising steps of a sample."""
     eta: float = 1.0
@@ -43,7 +45,7 @@ class D3PO:
     updates: int = 2
     """Optimiser steps over the round's pairs, each on its own share of their transitions."""
 
-    needs: ClassVar[Needs] = Needs()
+    needs: ClassVar[Needs] = Needs(data="trajectories", data_role="instead")
     defaults: ClassVar[Mapping[str, Any]] = {
         "learning_rate": 3e-5,
         "weight_decay": 1e-4,
@@ -54,30 +56,25 @@ class D3PO:
     }
 
     def __post_init__(self) -> None:
-        for name, least in {"inference_steps": 1, "batches": 1, "samples": 2, "updates": 1}.items():
-            if vars(self)[name] < least:
-                raise InputError(f"method.{name} is {vars(self)[name]}: give {least} or more.")
-        if not 0 < self.eta <= 1:
-            raise InputError(f"method.eta is {self.eta}: give a number above 0, up to 1. Without noise there are no actions.")
-        if self.random_steps is not None and not 1 <= self.random_steps <= self.inference_steps:
-            raise InputError(f"method.random_steps is {self.random_steps}: give 1 to {self.inference_steps} (method.inference_steps).")
-        if not self.beta > 0 or not 0 < self.ratio_clip < 1:
-            raise InputError(f"method.beta is {self.beta}, method.ratio_clip {self.ratio_clip}: give above 0, and between 0 and 1.")
+        at_least(self, inference_steps=1, batches=1, samples=2, updates=1)
+        check_noise(self)
+        above_zero(self, "beta")
+        check(self, "ratio_clip", 0 < self.ratio_clip < 1, "a number between 0 and 1")
 
-    def losses(self, policy: Policy, reward: Reward, batch: Prompts, context: Context) -> Iterator[Loss]:
-        kernel = ddim(self.eta)
-        shape: dict[str, Any] = {
-            "batches": self.batches,
-            "samples": self.samples,
-            "steps": self.inference_steps,
-            "random_steps": self.random_steps,
-        }
-        round_ = sample_round(policy, reward, batch, context, kernel=kernel, **shape)
-        about = {"reward": float(round_.scores.mean()), "reward_std": float(round_.scores.std(correction=0))}
+    def losses(self, policy: Policy, reward: Reward | None, batch: Prompts | Examples, context: Context) -> Iterator[Loss]:
+        if isinstance(batch, Examples):
+            round_, eta = stored_round(policy, context.batches(batch, self.batches), self.random_steps)
+            self._check_updates(self.batches * len(batch) * len(round_.steps))
+            samples, about = 2, dict[str, float]()
+        else:
+            assert reward is not None
+            round_, eta, samples = self._sample(policy, reward, batch, context), self.eta, self.samples
+            about = round_.metrics
+        kernel = ddim(eta)
         base = reference_log_probs(policy, round_, kernel)
-        won, lost = best_and_worst(round_, self.batches, self.samples)
-        about["ties"] = 1 - len(won) / (len(round_) / self.samples)
-        if nothing_differs(len(won) * len(round_.steps) // self.updates, base, context):  # each update needs a transition
+        won, lost = best_and_worst(round_, self.batches, samples)
+        about["ties"] = 1 - len(won) / (len(round_) / samples)
+        if nothing_differs(len(won) * len(round_.steps), base, context, wanted=self.updates):
             return
         every = torch.cartesian_prod(round_.steps, torch.arange(len(won)))
         every = every[torch.randperm(len(every), generator=context.rng)]
@@ -92,3 +89,24 @@ class D3PO:
                 loss = preference(margin, beta=self.beta, kind=self.loss)
                 metrics = {**about, "implicit_accuracy": wins(margin).mean(), "margin": margin.detach().mean()}
                 yield Loss(loss.sum() / len(share), metrics, update=part.last)
+
+    def _sample(self, policy: Policy, reward: Reward, batch: Prompts, context: Context) -> Round:
+        self._check_updates(self.batches * len(batch) * (self.random_steps or self.inference_steps))  # before anything is sampled
+        return sample_round(
+            policy,
+            reward,
+            batch,
+            context,
+            batches=self.batches,
+            samples=self.samples,
+            steps=self.inference_steps,
+            kernel=ddim(self.eta),
+            random_steps=self.random_steps,
+        )
+
+    def _check_updates(self, most: int) -> None:
+        if self.updates > most:
+            raise InputError(
+                f"{self.updates} optimiser steps cannot share the {most} transitions that the pairs of a round have at most: lower "
+                "method.updates, or raise batch_size or method.batches."
+            )

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from diffalign.advantages import Kind, advantages
+from diffalign.checks import above_zero, at_least, check, zero_or_more
 from diffalign.errors import InputError
 from diffalign.objectives.policy_gradient import clipped_surrogate, reinforce
-from diffalign.rounds import check_first_pass, greedy_scores, parts, sample_round, shares
+from diffalign.rounds import check_first_pass, check_noise, greedy_scores, parts, sample_round, shares
 from diffalign.sampling import ddim, replay
 from diffalign.types import Context, Loss, Needs, Policy, Prompts, Reward
 
@@ -43,9 +44,14 @@ class DDPO:
     clip: float = 1e-4
     """e of the clipped ratio; the log-probabilities are means over the latent dimensions."""
     advantage: Kind = "per_prompt"
-    """per_prompt: running statistics of each prompt; global: of the round; group, loo: among a prompt's samples; greedy: ReMax."""
+    """per_prompt: running statistics of each prompt; global: of the round; group, loo: among a prompt's samples; group_global: as group,
+    over the round's deviation (Flow-GRPO); greedy: ReMax."""
     advantage_clip: float = 5.0
     """Advantages are cut to plus or minus this."""
+    buffer: int = 32
+    """per_prompt: the last scores of a prompt that are kept."""
+    least: int = 16
+    """per_prompt: a prompt with fewer scores has the round's statistics."""
     fraction: float = 1.0
     """Share of each sample's denoising steps that is trained on."""
     kl_weight: float = 0.0
@@ -62,34 +68,43 @@ class DDPO:
     }
 
     def __post_init__(self) -> None:
-        for name in ("inference_steps", "batches", "samples", "updates", "inner_epochs"):
-            if vars(self)[name] < 1:
-                raise InputError(f"method.{name} is {vars(self)[name]}: give 1 or more.")
-        if not 0 < self.eta <= 1:
-            raise InputError(f"method.eta is {self.eta}: give a number above 0, up to 1. Without noise there are no actions.")
-        if self.random_steps is not None and not 1 <= self.random_steps <= self.inference_steps:
-            raise InputError(f"method.random_steps is {self.random_steps}: give 1 to {self.inference_steps} (method.inference_steps).")
-        if self.clip <= 0 or self.advantage_clip <= 0 or self.kl_weight < 0:
-            raise InputError("method.clip and method.advantage_clip must be above 0, and method.kl_weight 0 or more.")
-        if not 0 < self.fraction <= 1:
-            raise InputError(f"method.fraction is {self.fraction}: give a share above 0, up to 1.")
-        if self.advantage in ("group", "loo") and self.samples < 2:
+        at_least(self, inference_steps=1, batches=1, samples=1, updates=1, inner_epochs=1, buffer=1)
+        check_noise(self)
+        above_zero(self, "clip")
+        check(self, "advantage_clip", self.advantage_clip > 0, "a number above 0")
+        check(self, "least", 1 <= self.least <= self.buffer, f"1 to {self.buffer} (method.buffer)")
+        check(self, "fraction", 0 < self.fraction <= 1, "a share above 0, up to 1")
+        zero_or_more(self, "kl_weight")
+        if self.advantage in ("group", "group_global", "loo") and self.samples < 2:
             raise InputError(f"method.advantage {self.advantage} compares samples of one prompt: give method.samples 2 or more.")
         if self.estimator == "sf" and self.updates * self.inner_epochs > 1:
             raise InputError("method.estimator sf takes one optimiser step a round: give method.updates 1 and method.inner_epochs 1.")
 
     def losses(self, policy: Policy, reward: Reward, batch: Prompts, context: Context) -> Iterator[Loss]:
         kernel = ddim(self.eta)
-        shape: dict[str, Any] = {
-            "batches": self.batches,
-            "samples": self.samples,
-            "steps": self.inference_steps,
-            "random_steps": self.random_steps,
-        }
-        round_ = sample_round(policy, reward, batch, context, kernel=kernel, **shape)
+        round_ = sample_round(
+            policy,
+            reward,
+            batch,
+            context,
+            batches=self.batches,
+            samples=self.samples,
+            steps=self.inference_steps,
+            kernel=kernel,
+            random_steps=self.random_steps,
+        )
         greedy = greedy_scores(policy, reward, round_, self.inference_steps) if self.advantage == "greedy" else None
-        gains = advantages(self.advantage, round_.scores, round_.prompts.text, context, greedy=greedy, clip=self.advantage_clip)
-        about = {"reward": float(round_.scores.mean()), "reward_std": float(round_.scores.std(correction=0))}
+        gains = advantages(
+            self.advantage,
+            round_.scores,
+            round_.prompts.keys,
+            context,
+            greedy=greedy,
+            clip=self.advantage_clip,
+            buffer=self.buffer,
+            least=self.least,
+        )
+        about = round_.metrics
         stale = False
         for _ in range(self.inner_epochs):
             for steps, rows in shares(round_, self.updates, self.fraction, context.rng):

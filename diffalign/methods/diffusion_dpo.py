@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from diffalign.errors import InputError
+from diffalign.checks import above_zero, check, finite, share
 from diffalign.objectives.preference import Margin, denoising_margin, preference, wins
 from diffalign.sampling import paired_errors
 from diffalign.types import Context, Examples, Loss, Needs, Policy
@@ -25,7 +25,7 @@ class DiffusionDPO:
     beta: float = 5000.0
     """Of the margin; it goes with errors that are means over the latent dimensions."""
     loss: Margin = "logistic"
-    """f of the margin: logistic (DPO), squared (IPO), hinge (SLiC)."""
+    """f of the margin: logistic (or dpo), squared (ipo), hinge (slic)."""
     offset: float = 0.0
     """What the margin has to exceed."""
     label_smoothing: float = 0.0
@@ -49,10 +49,10 @@ class DiffusionDPO:
     }
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise InputError(f"method.beta is {self.beta}: give a number above 0.")
-        if not 0 <= self.label_smoothing <= 0.5 or not 0 <= self.drop_text <= 1:
-            raise InputError("method.label_smoothing goes from 0 to 0.5, and method.drop_text from 0 to 1.")
+        above_zero(self, "beta")
+        finite(self, "offset")
+        check(self, "label_smoothing", 0 <= self.label_smoothing <= 0.5, "a share from 0 to 0.5")
+        share(self, "drop_text")
 
     def losses(self, policy: Policy, reward: Any, batch: Examples, context: Context) -> Iterator[Loss]:
         won, lost, base_won, base_lost = paired_errors(policy, batch, context.rng, self.drop_text, reference=not self.reference_free)

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from diffalign.errors import InputError
+from diffalign.checks import above_zero, at_least, zero_or_more
 from diffalign.objectives.policy_gradient import clipped_surrogate
-from diffalign.rounds import Round, check_first_pass, parts, reference_log_probs, sample_round
+from diffalign.rounds import Round, check_first_pass, check_noise, parts, reference_log_probs, sample_round
 from diffalign.sampling import ddim, replay
 from diffalign.types import Context, Loss, Needs, Policy, Prompts, Reward
 from diffalign.value import Critic, pooled
@@ -52,7 +52,8 @@ class DPOK:
     kl_weight: float = 0.1
     """beta: the authors take 0.01 for one prompt and 0.1 for many."""
     kl_mode: Literal["loss", "reward"] = "loss"
-    """The KL has a gradient of its own, or is subtracted from the reward of its trajectory."""
+    """The KL has a gradient of its own, or is subtracted from the reward of its trajectory, as `log(pi_old / pi_ref)` of all its steps and
+    latent dimensions. With preset paper both have the same expected gradient near the base model."""
     clip: float = 1e-4
     """Of the ratio; the log-probabilities are means over the latent dimensions."""
 
@@ -66,28 +67,32 @@ class DPOK:
     }
 
     def __post_init__(self) -> None:
-        for name in ("inference_steps", "batches", "policy_steps", "forwards", "value_steps", "value_batch"):
-            if vars(self)[name] < 1:
-                raise InputError(f"method.{name} is {vars(self)[name]}: give 1 or more.")
-        if not 0 < self.eta <= 1:
-            raise InputError(f"method.eta is {self.eta}: give a number above 0, up to 1. Without noise there are no actions.")
-        if self.random_steps is not None and not 1 <= self.random_steps <= self.inference_steps:
-            raise InputError(f"method.random_steps is {self.random_steps}: give 1 to {self.inference_steps} (method.inference_steps).")
-        for name in ("clip", "reward_weight", "value_learning_rate"):
-            if not vars(self)[name] > 0:
-                raise InputError(f"method.{name} is {vars(self)[name]}: give a number above 0.")
-        if self.kl_weight < 0:
-            raise InputError(f"method.kl_weight is {self.kl_weight}: give 0 or more.")
+        at_least(self, inference_steps=1, batches=1, policy_steps=1, forwards=1, value_steps=1, value_batch=1)
+        check_noise(self)
+        above_zero(self, "clip", "reward_weight", "value_learning_rate")
+        zero_or_more(self, "kl_weight")
 
     def losses(self, policy: Policy, reward: Reward, batch: Prompts, context: Context) -> Iterator[Loss]:
         kernel = ddim(self.eta)
-        shape = {"batches": self.batches, "samples": 1, "steps": self.inference_steps, "random_steps": self.random_steps}
-        round_ = sample_round(policy, reward, batch, context, kernel=kernel, **shape)
-        about = {"reward": float(round_.scores.mean()), "reward_std": float(round_.scores.std(correction=0))}
+        round_ = sample_round(
+            policy,
+            reward,
+            batch,
+            context,
+            batches=self.batches,
+            samples=1,
+            steps=self.inference_steps,
+            kernel=kernel,
+            random_steps=self.random_steps,
+        )
+        about = round_.metrics
         returns = round_.scores
         if self.kl_mode == "reward" and self.kl_weight > 0:
             ratio = (round_.trajectory.log_probs - reference_log_probs(policy, round_, kernel))[round_.steps]
-            returns, about["kl"] = returns - self.kl_weight / self.reward_weight * ratio.sum(0), float(ratio.mean())
+            # the gradient of `now.log_prob` has 1 / D already, as that of the KL in the loss: the reward takes the density's own ratio
+            dimensions = round_.trajectory.final[0].numel()
+            returns = returns - self.kl_weight / self.reward_weight * dimensions * ratio.sum(0)
+            about["kl"] = float(ratio.mean())
         values = self._fit(round_, returns, context, about) if self.baseline == "value" else torch.zeros_like(round_.trajectory.log_probs)
         every = torch.cartesian_prod(round_.steps, torch.arange(len(round_)))
         for update in range(self.policy_steps):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from diffalign.errors import InputError
+from diffalign.checks import at_least, check, zero_or_more
 from diffalign.noise import diffuse, draw_noise
 from diffalign.sampling import ddim, rollout, transition
 from diffalign.types import Condition, Context, Loss, Needs, Policy, Prompts, Reward, Trajectory
@@ -43,12 +43,11 @@ class DRaFT:
     }
 
     def __post_init__(self) -> None:
-        if not 1 <= self.k <= self.inference_steps:
-            raise InputError(f"method.k is {self.k}: give 1 to {self.inference_steps}, the denoising steps (method.inference_steps).")
-        if self.n < 0 or (self.n and self.k != 1):
-            raise InputError(f"method.n is {self.n} with k = {self.k}: DRaFT-LV takes k = 1 and n of 1 or more.")
-        if self.reference_weight < 0:
-            raise InputError(f"method.reference_weight is {self.reference_weight}: give 0 or more.")
+        at_least(self, inference_steps=1, n=0)
+        most = self.inference_steps
+        check(self, "k", 1 <= self.k <= most, f"1 to {most}, the denoising steps (method.inference_steps)")
+        check(self, "k", self.n == 0 or self.k == 1, f"1: DRaFT-LV (method.n {self.n}) goes through the last step alone")
+        zero_or_more(self, "reference_weight")
 
     def losses(self, policy: Policy, reward: Reward, batch: Prompts, context: Context) -> Iterator[Loss]:
         condition = policy.encode(batch)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from diffalign.checks import above_zero, at_least, check, share
 from diffalign.errors import InputError
 from diffalign.noise import draw_noise
 from diffalign.objectives.weighting import effective_sample_size, exponential_weights
@@ -57,13 +58,12 @@ class HIVE:
     }
 
     def __post_init__(self) -> None:
-        if not self.beta > 0 or not self.cap >= 1:
-            raise InputError(f"method.beta is {self.beta}, method.cap {self.cap}: give above 0, and 1 or more.")
-        if self.forwards < 1:
-            raise InputError(f"method.forwards is {self.forwards}: give 1 or more.")
-        shares = (self.drop_text, self.drop_image, self.drop_both)
-        if min(shares) < 0 or sum(shares) > 1:
-            raise InputError("method.drop_text, method.drop_image and method.drop_both are shares: 0 or more, at most 1 together.")
+        above_zero(self, "beta")
+        check(self, "cap", self.cap >= 1, "1 or more")
+        at_least(self, forwards=1)
+        share(self, "drop_text", "drop_image", "drop_both")
+        if self.drop_text + self.drop_image + self.drop_both > 1:
+            raise InputError("method.drop_text, method.drop_image and method.drop_both are above 1 together: give smaller shares.")
 
     @property
     def suffix(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from diffalign.errors import InputError
+from diffalign.checks import above_zero, share, zero_or_more
 from diffalign.noise import draw_noise
 from diffalign.objectives.preference import kto
 from diffalign.sampling import denoising_error, without_some_text
@@ -44,10 +44,9 @@ class KTO:
     }
 
     def __post_init__(self) -> None:
-        if not self.beta > 0 or self.desirable_weight < 0 or self.undesirable_weight < 0:
-            raise InputError("method.beta must be above 0, method.desirable_weight and method.undesirable_weight 0 or more.")
-        if not 0 <= self.drop_text <= 1:
-            raise InputError(f"method.drop_text is {self.drop_text}: give a share from 0 to 1.")
+        above_zero(self, "beta")
+        zero_or_more(self, "desirable_weight", "undesirable_weight")
+        share(self, "drop_text")
 
     def losses(self, policy: Policy, reward: Any, batch: Examples, context: Context) -> Iterator[Loss]:
         assert batch.desirable is not None
@@ -58,9 +57,11 @@ class KTO:
             base = denoising_error(policy, batch.x_0, noise, at, condition)
         error = denoising_error(policy, batch.x_0, noise, at, condition)
         gain = base - error
-        baseline = context.processes.gather(gain.detach()).mean().clamp(min=0)
+        everyones = context.processes.gather(gain.detach())
+        labels = context.processes.gather(liked.to(gain.dtype)) > 0
+        baseline = everyones.mean().clamp(min=0)
         weights = {"desirable_weight": self.desirable_weight, "undesirable_weight": self.undesirable_weight}
         metrics: dict[str, Tensor | float] = {"baseline": baseline, "denoising_error": error.detach().mean()}
-        for name, chosen in (("gain_liked", liked), ("gain_disliked", ~liked)):
-            metrics[name] = gain.detach()[chosen].mean() if chosen.any() else 0.0
+        # of all processes: each has the same metrics, also where one has no sample of a kind
+        metrics |= {name: everyones[kind].mean() for name, kind in (("gain_liked", labels), ("gain_disliked", ~labels)) if kind.any()}
         yield Loss(kto(gain, liked, baseline, beta=self.beta, **weights).mean(), metrics)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from diffalign.errors import InputError
+from diffalign.checks import above_zero, share
 from diffalign.objectives.preference import mapo, wins
 from diffalign.sampling import paired_errors
 from diffalign.types import Context, Examples, Loss, Needs, Policy
@@ -40,10 +40,8 @@ class MaPO:
     }
 
     def __post_init__(self) -> None:
-        if not self.beta > 0 or not self.s > 0:
-            raise InputError(f"method.beta is {self.beta}, method.s {self.s}: give numbers above 0.")
-        if not 0 <= self.drop_text <= 1:
-            raise InputError(f"method.drop_text is {self.drop_text}: give a share from 0 to 1.")
+        above_zero(self, "beta", "s")
+        share(self, "drop_text")
 
     def losses(self, policy: Policy, reward: Any, batch: Examples, context: Context) -> Iterator[Loss]:
         won, lost, _, _ = paired_errors(policy, batch, context.rng, self.drop_text, reference=False)

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from diffalign.errors import InputError
+from diffalign.checks import above_zero, at_least
 from diffalign.objectives.regression import proximal_reward_difference
-from diffalign.rounds import check_first_pass, log_probs, parts, reference_log_probs, sample_round
+from diffalign.rounds import check_first_pass, check_noise, log_probs, parts, reference_log_probs, sample_round
 from diffalign.sampling import ddim, replay
 from diffalign.types import Context, Loss, Needs, Policy, Prompts, Reward
 
@@ -52,27 +52,24 @@ class PRDP:
     }
 
     def __post_init__(self) -> None:
-        for name, least in {"inference_steps": 1, "batches": 1, "samples": 2, "updates": 1}.items():
-            if vars(self)[name] < least:
-                raise InputError(f"method.{name} is {vars(self)[name]}: give {least} or more.")
-        if not 0 < self.eta <= 1:
-            raise InputError(f"method.eta is {self.eta}: give a number above 0, up to 1. Without noise there are no actions.")
-        if self.random_steps is not None and not 1 <= self.random_steps <= self.inference_steps:
-            raise InputError(f"method.random_steps is {self.random_steps}: give 1 to {self.inference_steps} (method.inference_steps).")
-        for name in ("beta", "clip"):
-            if not vars(self)[name] > 0:
-                raise InputError(f"method.{name} is {vars(self)[name]}: give a number above 0.")
+        at_least(self, inference_steps=1, batches=1, samples=2, updates=1)
+        check_noise(self)
+        above_zero(self, "beta", "clip")
 
     def losses(self, policy: Policy, reward: Reward, batch: Prompts, context: Context) -> Iterator[Loss]:
         kernel = ddim(self.eta)
-        shape: dict[str, Any] = {
-            "batches": self.batches,
-            "samples": self.samples,
-            "steps": self.inference_steps,
-            "random_steps": self.random_steps,
-        }
-        round_ = sample_round(policy, reward, batch, context, kernel=kernel, **shape)
-        about = {"reward": float(round_.scores.mean()), "reward_std": float(round_.scores.std(correction=0))}
+        round_ = sample_round(
+            policy,
+            reward,
+            batch,
+            context,
+            batches=self.batches,
+            samples=self.samples,
+            steps=self.inference_steps,
+            kernel=kernel,
+            random_steps=self.random_steps,
+        )
+        about = round_.metrics
         base = reference_log_probs(policy, round_, kernel)
         old = torch.where(round_.trajectory.actions[:, None].to(base.device), round_.trajectory.log_probs, 0) - base
         every = torch.cartesian_prod(round_.steps, torch.arange(len(round_)))

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from diffalign.errors import InputError
+from diffalign.checks import above_zero, at_least, check, finite, share, zero_or_more
 from diffalign.noise import draw_noise
-from diffalign.sampling import ddim, denoising_error, rollout
-from diffalign.types import Condition, Context, Loss, Needs, Policy, Prompts, Reward
+from diffalign.sampling import ddim, denoising_error, rollout, without_some_text
+from diffalign.types import Context, Loss, Needs, Policy, Prompts, Reward
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class ReFL:
     """Weight of L_pre; 0 leaves it out."""
     pretrain_batches: int = 8
     """Batches of samples of the base model, where no data is given."""
+    drop_text: float = 0.1
+    """Share of L_pre's samples that are trained with an empty prompt, for guidance."""
     inference_steps: int = 40
     """Denoising steps of a whole sample."""
     first: int = 30
@@ -40,7 +42,7 @@ class ReFL:
     eta: float = 1.0
     """Noise of a sampling step: 1 is ancestral sampling, 0 deterministic."""
 
-    needs: ClassVar[Needs] = Needs(differentiable_reward=True, data="pictures", data_is_optional=True)
+    needs: ClassVar[Needs] = Needs(differentiable_reward=True, data="pictures", data_role="besides")
     defaults: ClassVar[Mapping[str, Any]] = {
         "learning_rate": 1e-4,
         "max_grad_norm": 1.0,
@@ -51,15 +53,15 @@ class ReFL:
     }
 
     def __post_init__(self) -> None:
-        if not 1 <= self.first <= self.last < self.inference_steps:
-            raise InputError(
-                f"method.first is {self.first}, method.last {self.last}: give 1 <= first <= last < {self.inference_steps}, the denoising "
-                "steps (method.inference_steps)."
-            )
-        if not 0 <= self.eta <= 1:
-            raise InputError(f"method.eta is {self.eta}: give a number from 0 to 1.")
-        if not self.reward_weight > 0 or self.pretrain_weight < 0 or self.pretrain_batches < 1:
-            raise InputError("method.reward_weight must be above 0, method.pretrain_weight 0 or more, method.pretrain_batches 1 or more.")
+        above_zero(self, "reward_weight")
+        finite(self, "phi")
+        zero_or_more(self, "pretrain_weight")
+        at_least(self, pretrain_batches=1, inference_steps=2)
+        most = self.inference_steps - 1
+        check(self, "last", 1 <= self.last <= most, f"1 to {most}, below the denoising steps (method.inference_steps)")
+        check(self, "first", 1 <= self.first <= self.last, f"1 to {self.last} (method.last)")
+        check(self, "eta", 0 <= self.eta <= 1, "a number from 0 to 1")
+        share(self, "drop_text")
 
     def losses(self, policy: Policy, reward: Reward, batch: Prompts, context: Context) -> Iterator[Loss]:
         condition, kernel = policy.encode(batch).unguided(), ddim(self.eta)
@@ -73,23 +75,27 @@ class ReFL:
         metrics: dict[str, Tensor | float] = {"reward": scores.mean().detach(), "reward_std": scores.std(correction=0).detach()}
         yield Loss(loss, metrics, update=self.pretrain_weight == 0)
         if self.pretrain_weight > 0:
-            x_0, condition = self._pretrain_batch(policy, batch, context)
+            x_0, prompts = self._pretrain_batch(policy, batch, context)
+            if self.drop_text > 0:
+                condition = without_some_text(policy, prompts, self.drop_text, context.rng)
+            else:
+                condition = policy.encode(prompts).unguided()
             at = policy.path.draw(len(x_0), context.rng)
             error = denoising_error(policy, x_0, draw_noise(x_0.shape, x_0, context.rng), at, condition).mean()
             yield Loss(self.pretrain_weight * error, {"denoising_error": error.detach()})
 
-    def _pretrain_batch(self, policy: Policy, batch: Prompts, context: Context) -> tuple[Tensor, Condition]:
-        """x_0 (B, *latent) and their condition, without guidance: the next data, or a draw from the base model's samples."""
+    def _pretrain_batch(self, policy: Policy, batch: Prompts, context: Context) -> tuple[Tensor, Prompts]:
+        """x_0 (B, *latent) and what they answer: the next data, or a draw from the base model's samples."""
         if context.examples is not None:
             examples = context.examples()
-            return examples.x_0, policy.encode(examples.prompts).unguided()
+            return examples.x_0, examples.prompts
         if "pretrain" not in context.memory:
             context.memory["pretrain"] = self._base_samples(policy, batch, context)
         pool = context.memory["pretrain"]
         rows = torch.randint(len(pool["prompts"]), (len(batch),), generator=context.rng)
         x_0 = pool["x_0"][rows].to(next(policy.module.parameters()).device)
-        sources = pool["image"][rows] if "image" in pool else None
-        return x_0, policy.encode(Prompts(tuple(pool["prompts"][i] for i in rows.tolist()), sources)).unguided()
+        sources = {name: pool[name][rows] for name in ("image", "mask") if name in pool}
+        return x_0, Prompts(tuple(pool["prompts"][i] for i in rows.tolist()), **sources)
 
     @torch.no_grad()
     def _base_samples(self, policy: Policy, batch: Prompts, context: Context) -> dict[str, Any]:
@@ -101,9 +107,12 @@ class ReFL:
                 for prompts in batches
             ]
         x_0, texts = torch.cat(finals), [text for prompts in batches for text in prompts.text]
-        sources = [prompts.image for prompts in batches if prompts.image is not None]
-        edited = {"image": context.processes.gather(torch.cat(sources).to(x_0.device)).cpu()} if sources else {}
-        return {"x_0": context.processes.gather(x_0).cpu(), "prompts": _of_all_processes(texts, context, x_0.device), **edited}
+        pool = {"x_0": context.processes.gather(x_0).cpu(), "prompts": _of_all_processes(texts, context, x_0.device)}
+        for name in ("image", "mask"):
+            sources = [vars(prompts)[name] for prompts in batches]
+            if sources[0] is not None:
+                pool[name] = context.processes.gather(torch.cat(sources).to(x_0.device)).cpu()
+        return pool
 
 
 def _of_all_processes(texts: list[str], context: Context, device: torch.device) -> list[str]:

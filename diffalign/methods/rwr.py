@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from diffalign.advantages import advantages
-from diffalign.errors import InputError
+from diffalign.checks import above_zero, at_least, check, share
 from diffalign.noise import draw_noise
 from diffalign.objectives.weighting import effective_sample_size, exponential_weights
 from diffalign.rounds import best_and_worst, nothing_differs, sample_round
@@ -58,23 +58,30 @@ class RWR:
     }
 
     def __post_init__(self) -> None:
-        for name, least in {"inference_steps": 1, "batches": 1, "samples": 2, "updates": 1, "forwards": 1}.items():
-            if vars(self)[name] < least:
-                raise InputError(f"method.{name} is {vars(self)[name]}: give {least} or more.")
-        if not 0 <= self.eta <= 1 or not 0 <= self.drop_text <= 1:
-            raise InputError(f"method.eta is {self.eta}, method.drop_text {self.drop_text}: give numbers from 0 to 1.")
-        if not self.beta > 0 or not self.cap >= 1:
-            raise InputError(f"method.beta is {self.beta}, method.cap {self.cap}: give above 0, and 1 or more.")
+        at_least(self, inference_steps=1, batches=1, samples=2, updates=1, forwards=1)
+        check(self, "eta", 0 <= self.eta <= 1, "a number from 0 to 1")
+        above_zero(self, "beta")
+        check(self, "cap", self.cap >= 1, "1 or more")
+        share(self, "drop_text")
 
     def losses(self, policy: Policy, reward: Reward, batch: Prompts, context: Context) -> Iterator[Loss]:
-        shape: dict[str, Any] = {"batches": self.batches, "samples": self.samples, "steps": self.inference_steps}
-        round_ = sample_round(policy, reward, batch, context, kernel=ddim(self.eta), keep="final", **shape)
-        about = {"reward": float(round_.scores.mean()), "reward_std": float(round_.scores.std(correction=0))}
+        round_ = sample_round(
+            policy,
+            reward,
+            batch,
+            context,
+            batches=self.batches,
+            samples=self.samples,
+            steps=self.inference_steps,
+            kernel=ddim(self.eta),
+            keep="final",
+        )
+        about = round_.metrics
         if self.weighting == "best":
             usable, _ = best_and_worst(round_, self.batches, self.samples)
             weights = torch.ones_like(round_.scores)
         else:
-            gains = advantages("group", round_.scores, round_.prompts.text, context, clip=float("inf"))
+            gains = advantages("group", round_.scores, round_.prompts.keys, context, clip=float("inf"))
             everyone = exponential_weights(context.processes.gather(gains), beta=self.beta, cap=self.cap)
             weights = everyone.unflatten(0, (context.processes.count, -1))[context.processes.rank]
             about["effective_sample_size"] = float(effective_sample_size(everyone)) / len(everyone)

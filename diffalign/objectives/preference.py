@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Margin = Literal["logistic", "squared", "hinge"]
+Margin = Literal["logistic", "squared", "hinge", "dpo", "ipo", "slic"]
 
 
 def preference(
@@ -16,9 +16,9 @@ def preference(
 ) -> Tensor:
     """(B,) losses f of the margin m (B,), by how much the better sample is ahead; offset o is a number or (B,).
 
-    - `logistic`: `-log sigmoid(beta m - o)` (DPO, arXiv 2305.18290, eq. 7; with an offset ODPO, arXiv 2402.10571)
-    - `squared`: `(m - o - 1 / (2 beta))^2` (IPO, arXiv 2310.12036, eq. 17); here o is in the margin's units, not in beta times them
-    - `hinge`: `max(0, 1 - (beta m - o))` (SLiC-HF, arXiv 2305.10425)
+    - `logistic` or `dpo`: `-log sigmoid(beta m - o)` (DPO, arXiv 2305.18290, eq. 7; with an offset ODPO, arXiv 2402.10571)
+    - `squared` or `ipo`: `(m - o - 1 / (2 beta))^2` (IPO, arXiv 2310.12036, eq. 17); here o is in the margin's units, not beta times them
+    - `hinge` or `slic`: `max(0, 1 - (beta m - o))` (SLiC-HF, arXiv 2305.10425)
 
     With label smoothing e the loss is `(1 - e) f(m) + e f(-m)` (conservative DPO, Mitchell 2023): with probability e the label is
     wrong, the other sample is the better one, its margin is -m and it has to be ahead by the same o. At e = 1/2 the loss is even in m.
@@ -32,14 +32,14 @@ def preference(
 
 def _of_margin(margin: Tensor, beta: float, kind: Margin, offset: float | Tensor) -> Tensor:
     match kind:
-        case "logistic":
+        case "logistic" | "dpo":
             return -F.logsigmoid(beta * margin - offset)
-        case "squared":
+        case "squared" | "ipo":
             return (margin - offset - 1 / (2 * beta)) ** 2
-        case "hinge":
+        case "hinge" | "slic":
             return F.relu(1 - (beta * margin - offset))
         case _:
-            raise ValueError(f"preference: kind is {kind!r}; give 'logistic', 'squared' or 'hinge'.")
+            raise ValueError(f"preference: kind is {kind!r}; give 'logistic' (or 'dpo'), 'squared' ('ipo') or 'hinge' ('slic').")
 
 
 def wins(margin: Tensor) -> Tensor:

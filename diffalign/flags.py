@@ -1,0 +1,158 @@
+"""From the words of a command line, or the lines of a config file, to values of the right types; what does not fit is an InputError."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import docstring_parser
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from diffalign.errors import InputError, nearest
+
+GROUPS = ("method", "reward", "lora")  # of settings, each with names of its own
+LISTS = ("--eval_rewards", "--log", "--lora.target_modules", "--betas")
+SWITCHES = ("--full", "--trajectories", "--method.checkpointing", "--method.reference_free")
+
+
+def normal(arguments: list[str]) -> list[str]:
+    """Flags as the parser knows them: `--batch-size` is batch_size, `--method NAME` method.name, a bare `--full` true.
+
+    The words after a flag that takes several become a list: `--log tensorboard wandb`.
+    """
+    normal: list[str] = []
+    waiting = list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        if not argument.startswith("--"):
+            normal.append(argument)
+            continue
+        flag, equals, value = argument.partition("=")
+        flag = "--" + flag[2:].replace("-", "_")
+        flag = {"--method": "--method.name", "--reward": "--reward.name"}.get(flag, flag)
+        if flag in LISTS:
+            words = [value] if equals else []
+            while not equals and waiting and not waiting[0].startswith("--"):
+                words.append(waiting.pop(0))
+            whole = len(words) == 1 and words[0].startswith(("[", "null"))
+            normal.append(f"{flag}={words[0] if whole else '[' + ', '.join(words) + ']'}")
+        elif flag in SWITCHES and not equals and (not waiting or waiting[0].startswith("-")):
+            normal.append(f"{flag}=true")
+        else:
+            normal.append(flag + equals + value)
+    return normal
+
+
+def value_of(arguments: list[str], flag: str) -> str | None:
+    """The last value of a flag, `--flag value` or `--flag=value`."""
+    found = None
+    for i, argument in enumerate(arguments):
+        if argument == flag and i + 1 < len(arguments) and not arguments[i + 1].startswith("--"):
+            found = arguments[i + 1]
+        elif argument.startswith(flag + "="):
+            found = argument.partition("=")[2]
+    return found
+
+
+def help_of(parser: ArgumentParser) -> str:
+    """The parser's help with the flags as people type them: `--batch-size`, `--method NAME`, a bare `--full`."""
+    text = re.sub(r"--(method|reward)\.name NAME", r"--\1 NAME", parser.format_help())
+    text = re.sub(r"^  --lora CONFIG .*\n", "", text, flags=re.MULTILINE)
+    text = re.sub(r", --[\w.]+\+ \w+", "", text)
+    text = re.sub(r"--[\w.]+", lambda m: m[0].replace("_", "-"), text)
+    return text.replace("--full {true,false}", "--full")
+
+
+def parameters(thing: Any) -> dict[str, tuple[Any, Any, str]]:
+    """`name -> (type, default, help)` of a class's constructor; nothing for a function, which has been made already."""
+    if not isinstance(thing, type):
+        return {}
+    hints = typing.get_type_hints(thing if is_dataclass(thing) else thing.__init__)
+    about = {p.arg_name: " ".join((p.description or "").split()) for p in docstring_parser.parse_from_object(thing).params}
+    settled = {f.name for f in fields(thing) if not f.init} if is_dataclass(thing) else set()
+    made = {f.name: f.default_factory for f in fields(thing) if f.default_factory is not MISSING} if is_dataclass(thing) else {}
+    named = {n: p for n, p in inspect.signature(thing).parameters.items() if n not in settled and p.kind is not p.VAR_KEYWORD}
+    return {n: (hints.get(n, Any), made[n]() if n in made else p.default, about.get(n, "")) for n, p in named.items()}
+
+
+def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"lora": {"rank": 1}}` as `{"lora.rank": 1}`; a value that is itself a mapping, such as a reward's field, stays whole."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= {f"{key}.{name}": inner for name, inner in value.items()} if key in GROUPS else {key: value}
+    return leaves
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """A config file as nested values; raises InputError where it is missing or no YAML mapping."""
+    file = Path(path).expanduser()
+    try:
+        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"There is no config file {file}.") from error
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is no YAML file ({' '.join(str(error).split())[:200]}).") from error
+    if not isinstance(loaded, dict):
+        raise InputError(f"{file} holds no settings: expected lines such as 'steps: 100'.")
+    return loaded
+
+
+def nested(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`method: draft` is short for `method: {name: draft}`; so with reward. Raises InputError where a group is no mapping."""
+    short = {k: {"name": v} for k, v in given.items() if k in ("method", "reward") and not isinstance(v, Mapping)}
+    if not isinstance(given.get("lora", {}), Mapping):
+        raise InputError(f"lora is {given['lora']!r}: give its settings, such as 'lora: {{rank: 8}}', or leave it out.")
+    return {**given, **short}
+
+
+def parse(parser: ArgumentParser, read: Callable[[], Namespace]) -> Namespace:
+    """Run a parse; raises InputError with the nearest known name for an unknown one, and with what fits for a value that does not."""
+    try:
+        return read()
+    except ArgumentError as error:
+        message = str(error).strip()
+        stray = re.search(r"unrecognized arguments: (?!-)(\S*)", message)
+        if stray is not None:
+            raise InputError(f"'{stray[1]}' belongs to no flag: a value follows its flag, such as --steps 100.") from error
+        unknown = re.search(r"unrecognized arguments: -*([\w.\-]+)|Option '([\w.]+)'|does not accept option '([\w.]+)'", message)
+        if unknown is None:
+            raise InputError(_misfit(message)) from error
+        word = next(g for g in unknown.groups() if g).replace("-", "_")
+        group = re.search(r"[Gg]roup '(\w+)'", message)
+        word = f"{group[1]}.{word}" if group else word
+        known = [a.dest for a in parser._actions if a.dest not in ("help", "print_config", "versions")]
+        raise InputError(f"There is no setting '{word}'. {nearest(word, known)}") from error
+
+
+KINDS = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "Path": "a path", "list": "a list",
+    "tuple": "a list", "dict": "names with values", "NoneType": "null",
+}  # fmt: skip
+
+
+def _misfit(message: str) -> str:
+    """What the parser says of a value that does not fit, in our words: the setting, the value, and what would fit."""
+    text = " ".join(re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).split())
+    found = re.fullmatch(r'Parser key "([\w.]+)": (.*?)\.? (?:Given value type: \S+ Given value|Got value): (.*)', text)
+    if found is None:
+        text = re.sub(r'Parser key "([\w.]+)"', r"\1", text).rstrip(".")
+        return re.sub(r"--[\w.]+", lambda m: m[0].replace("_", "-"), f"{text}.")
+    name, expected, value = found.groups()
+    kinds = re.findall(r"Expected (?:an? )?(\w+)( with \d+ elements)?", expected)
+    fitting = [KINDS.get(kind, kind) + size for kind, size in kinds if kind != "typing"] + re.findall(r"'([^']+)'", expected)
+    return f"{name} is {value}: give {' or '.join(dict.fromkeys(fitting))}."
+
+
+def refuse_empty(values: Mapping[str, Any], thing: Any, prefix: str = "") -> None:
+    """Raise InputError for null and for empty text where they can mean nothing: a line cut short, or a variable that is not set."""
+    for name, (kind, default, _) in parameters(thing).items():
+        value = values.get(name, default)
+        optional = default is None or kind is Any or type(None) in typing.get_args(kind)
+        if (value is None and not optional) or (value == "" and default != ""):
+            raise InputError(f"{prefix}{name} is empty: give a value, or leave it out.")
