@@ -15,11 +15,12 @@ from diffalign.console import say
 from diffalign.contract import CheckedReward
 from diffalign.data import check_prompts, read_prompts
 from diffalign.errors import InputError
+from diffalign.inputs import check_reward, eval_rewards, given_prompts, named_rewards, open_data, prompt_lists
 from diffalign.media import read_image
 from diffalign.models import make_policy, prepare_to_train
 from diffalign.preflight import Finding, preflight
 from diffalign.run import Run
-from diffalign.session import check_reward, eval_rewards, evaluate_into, given_prompts, named_rewards, open_data, prompt_lists, start
+from diffalign.session import evaluate_into, start
 from diffalign.settings import LIVE
 from diffalign.types import Prompts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,24 +13,23 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from diffalign import examples, registry
+from diffalign import examples
 from diffalign.checkpoint import whole
 from diffalign.config import Plan, check_needs, resolve
 from diffalign.console import comparison, console, say, watch
-from diffalign.contract import CheckedReward, as_reward, check_gradient, short_name
-from diffalign.data import Prompt, PromptList, batch_of, check_pictures, hold_out, read_prompts, text_of
+from diffalign.contract import CheckedReward, short_name
+from diffalign.data import Prompt, PromptList, check_pictures, text_of
 from diffalign.errors import InputError
 from diffalign.evaluate import evaluate, implicit_accuracy, sample, sheet
-from diffalign.examples import ExampleSet
 from diffalign.flags import flat
+from diffalign.inputs import Data, check_reward, eval_rewards, given_prompts, open_data, prompt_lists
 from diffalign.loop import Training, make_accelerator, one_for_all, prepare, train
 from diffalign.models import adapter_of, make_policy, prepare_to_train
 from diffalign.report import curve
 from diffalign.run import Run
-from diffalign.settings import LIVE, Settings
+from diffalign.settings import LIVE
 
 PICTURES = 8
-Data = tuple[ExampleSet, ExampleSet] | None  # training and held-out examples
 
 
 class Stopped(Exception):
@@ -212,78 +211,6 @@ def evaluate_into(
     side_by_side = sheet([("before", before[:PICTURES]), ("after", after[:PICTURES])], prompts[:PICTURES])
     side_by_side.save(picture)
     return results
-
-
-def open_data(plan: Plan, policy: Any, accelerator: Any = None) -> Data:
-    """`(training examples, held-out examples)` of the plan's data, embedded by the base model; None where there is no data."""
-    settings, kind = plan.settings, plan.method.needs.data
-    if settings.data is None or kind is None:
-        return None
-
-    def read() -> Data:
-        assert settings.data is not None
-        skip, needs = settings.bad_pictures == "skip", plan.method.needs
-        reward = plan.reward if needs.reward and needs.data_role == "only" else None  # where the method wants the data scored
-        return examples.read(settings.data, kind, policy, reward=reward, limit=settings.data_limit, skip=skip, seed=settings.seed, say=say)
-
-    if accelerator is None:
-        return read()
-    with accelerator.main_process_first():  # it fills the cache that the others read
-        return read()
-
-
-def given_prompts(
-    settings: Settings, prompts: list[Prompt] | None = None, held: list[Prompt] | None = None
-) -> tuple[list[Prompt] | None, list[Prompt] | None]:
-    """Training and held-out prompts as far as they were given, in lists or in the settings' files, which may be pipes: read but once.
-
-    Raises InputError for a wrong file, and where there are none and no data to take them from.
-    """
-    if prompts is None and settings.prompts is not None:
-        prompts = read_prompts(settings.prompts)
-    if held is None and settings.eval_prompts is not None:
-        held = read_prompts(settings.eval_prompts, "heldout")
-    if prompts is None and settings.data is None:
-        raise InputError("No prompts: give --prompts FILE (one a line), or --prompts shapes.")
-    return prompts, held
-
-
-def prompt_lists(
-    settings: Settings, prompts: list[Prompt] | None, held: list[Prompt] | None, data: Data
-) -> tuple[list[Prompt], list[Prompt]]:
-    """Training and held-out prompts: those given, else the prompts of the data; where none are held out, a tenth."""
-    if prompts is None:
-        assert data is not None
-        prompts, held = data[0].prompts, held or list(dict.fromkeys(data[1].prompts))
-    if held is not None:
-        return prompts, held
-    prompts, held = hold_out(prompts, settings.seed)
-    if set(prompts) == set(held):
-        say("Fewer than ten prompts: the evaluation uses the training prompts themselves, with other noise.")
-    return prompts, held
-
-
-def eval_rewards(plan: Plan) -> list[CheckedReward]:
-    if plan.reward is None:
-        return named_rewards(plan.settings.eval_rewards or [])
-    others = [name for name in plan.settings.eval_rewards or [] if name != plan.reward_name]
-    return [CheckedReward(plan.reward.reward, plan.reward.name), *named_rewards(others)]
-
-
-def named_rewards(names: Sequence[str]) -> list[CheckedReward]:
-    found = [(name, *registry.find("rewards", name)) for name in dict.fromkeys(names)]
-    return [
-        CheckedReward(as_reward(thing(**preset) if isinstance(thing, type) else thing), short_name(name)) for name, thing, preset in found
-    ]
-
-
-def check_reward(plan: Plan, policy: Any, prompts: list[Prompt]) -> None:
-    if plan.reward is None:
-        return
-    if plan.reward.modality != policy.modality:
-        raise InputError(f"{plan.reward_name} judges {plan.reward.modality}, and this pipeline makes {policy.modality}.")
-    if plan.method.needs.differentiable_reward:
-        check_gradient(plan.reward.reward, plan.reward.name, policy, batch_of(prompts[:2], policy))
 
 
 def _for_trackers(config: dict[str, Any]) -> dict[str, Any]:

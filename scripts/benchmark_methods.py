@@ -40,8 +40,8 @@ from diffalign.compare import COSTS, measure
 from diffalign.config import resolve
 from diffalign.data import text_of
 from diffalign.evaluate import implicit_accuracy, kl_to_base, sample, score
+from diffalign.inputs import named_rewards
 from diffalign.run import Run
-from diffalign.session import named_rewards
 
 JUDGES = ["shapes-clip", "shapes-checker", "shapes-all-right", "jpeg-compressibility"]
 AXES = {"queries": "reward_queries", "seconds": "seconds", "kl": "kl_to_base"}
@@ -89,7 +89,7 @@ def can_train(method: str, reward: str) -> bool:
 
 
 def needs_pairs(method: str) -> bool:
-    return wants(method).data is not None and not wants(method).data_is_optional
+    return wants(method).data is not None and wants(method).data_role == "only"
 
 
 def make_pairs(folder: Path, reward: str, seed: int, count: int, prompts: list[str] | None = None) -> Path:
@@ -287,29 +287,60 @@ def at_equal_reward(records: Sequence[Mapping[str, Any]], to: str = "ddpo") -> I
                 yield f"| {method} | {seed} | {gain:+.3f} | {kl:.4f} | {other:.4f} | {kl / other:.2f} |"
 
 
+def figure(panels: int) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(5.5 * panels + (1.5 if panels > 1 else 0), 4), layout="constrained")
+    return made, list(made.subplots(1, panels, squeeze=False)[0])
+
+
+def save(made: Any, file: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(made).print_png(file)
+
+
 def plot(records: Sequence[Mapping[str, Any]], rewards: Sequence[str], column: str, file: Path) -> None:
     """Held-out reward against a cost: a panel for each reward, a line for each method."""
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(record["method"] for record in records))
-    figure = Figure(figsize=(5.5 * len(rewards) + 1.5, 4), layout="constrained")
-    for axes, reward in zip(figure.subplots(1, len(rewards), squeeze=False)[0], rewards, strict=True):
+    made, panels = figure(len(rewards))
+    for axes, reward in zip(panels, rewards, strict=True):
         for i, name in enumerate(names):
             curves = [r["curve"] for r in records if (r["method"], r["reward"]) == (name, reward) and "failed" not in r]
             steps = list(zip(*curves, strict=False))  # of each checkpoint, a row a seed
+            if not steps:
+                continue
             x = [statistics.mean(row[column] for row in rows) for rows in steps]
             heights = [[row["held_out"] for row in rows] for rows in steps]
-            look = {"color": colormaps["tab20"](i % 20), "linestyle": ("-", "--")[wants(name).data is not None]}
+            look = {
+                "color": colormaps["tab20"](i % 20),
+                "linestyle": ("-", "--")[wants(name).data_role == "only" and bool(wants(name).data)],
+            }
             axes.plot(x, [statistics.mean(h) for h in heights], ".", label=name, **look)
             axes.fill_between(x, [min(h) for h in heights], [max(h) for h in heights], color=look["color"], alpha=0.15)
         axes.set(xlabel=column.replace("_", " "), ylabel=f"{reward}, held-out prompts")
+        if column == "kl_to_base":
+            axes.set_xscale("symlog", linthresh=0.01)
         axes.grid(alpha=0.3)
-    lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
-    figure.legend(lines.values(), map(str, lines), loc="outside right upper", fontsize="small")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(file)
+    lines = {line.get_label(): line for axes in panels for line in axes.lines}
+    made.legend(lines.values(), map(str, lines), loc="outside right upper", fontsize="small")
+    save(made, file)
+
+
+def portrait(records: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """One method: the held-out reward along its training, a line a seed."""
+    made, (axes,) = figure(1)
+    for record in records:
+        start = record["data"]["seconds"]
+        x, heights = [p["seconds"] - start for p in record["curve"]], [p["held_out"] for p in record["curve"]]
+        axes.plot(x, heights, ".-", label=f"seed {record['seed']}")
+    axes.set(xlabel="seconds of training", ylabel=f"{records[0]['reward']}, held-out prompts", title=records[0]["method"])
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save(made, file)
 
 
 def main() -> int:
@@ -347,6 +378,8 @@ def main() -> int:
     if budget.name == "preset":
         print("\n".join(bars(done)))
         print("\n".join(["", *at_equal_reward(done)]))
+        for method in dict.fromkeys(record["method"] for record in done):
+            portrait([r for r in done if r["method"] == method], chosen.docs / "images" / "methods" / f"{method}.png")
     for reward in rewards:
         print(f"\n### Trained on `{reward}`, {len(chosen.seeds)} seeds, budget: {budget.name}\n")
         print("\n".join(table(records, reward)))
