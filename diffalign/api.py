@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,10 @@ def evaluate_run(
     if seed is not None and seed < 0:
         raise InputError(f"--seed is {seed}: give a whole number from 0.")
     seed = plan.settings.seed + 1 if seed is None else seed
-    results = evaluate_into(plan, run.policy, checked, texts[:limit], seed, target, target.with_suffix(".png"))
+    before: dict[str, Any] = {}
+    with suppress(InputError):
+        before = run.evaluation
+    results = evaluate_into(plan, run.policy, checked, texts[:limit], seed, target, target.with_suffix(".png"), pairs=before.get("pairs"))
     say(f"Written: {target} and {target.with_suffix('.png')}")
     return results
 

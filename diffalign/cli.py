@@ -144,7 +144,8 @@ def _plan(arguments: list[str], command: str) -> tuple[Plan, str | None] | None:
 def _train_help(parser: Any, command: str) -> str:
     from diffalign.flags import help_of
 
-    resume = "  --resume DIR          Go on with an interrupted run (alone, or with --steps N).\n" if command == "train" else ""
+    resume = "  --resume DIR          Go on with a run, alone or with --steps N. A finished one starts a new round.\n"
+    resume = resume if command == "train" else ""
     more = f"options:\n{resume}  --print-config        Show the resolved settings as YAML, and stop.\n"
     text = help_of(parser).replace("options:\n", more, 1)
     return f"{text}\nexample: diffalign {command} --method draft --steps 100 --seed 1 --lora.rank 4"

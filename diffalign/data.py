@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Generator
 
+from diffalign.cache import digest
 from diffalign.errors import InputError
 from diffalign.media import data_uri, decode_image, fit, from_data_uri
 from diffalign.registry import MODELS
@@ -187,6 +188,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
     def take(self, indices: Sequence[int]) -> Any: ...
+    def contents(self) -> str: ...  # another one where an index means another thing
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,9 @@ class PromptList:
 
     def take(self, indices: Sequence[int]) -> Prompts:
         return batch_of([self.prompts[i] for i in indices], self.policy)
+
+    def contents(self) -> str:
+        return digest(*map(text_of, self.prompts))
 
 
 @dataclass
@@ -225,11 +230,14 @@ class Stream:
         return self.source.take(taken[self.rank * self.batch_size : (self.rank + 1) * self.batch_size])
 
     def state(self) -> dict[str, Any]:
-        return {"rng": self.rng.get_state(), "queue": torch.tensor(self.queue, dtype=torch.int64), "size": len(self.source)}
+        queue = torch.tensor(self.queue, dtype=torch.int64)
+        return {"rng": self.rng.get_state(), "queue": queue, "size": len(self.source), "contents": self.source.contents()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a state; raises InputError where the source has another length: its indices would mean other things."""
+        """Go back to a state; raises InputError where the source holds something else: its indices would mean other things."""
         if state["size"] != len(self.source):
             raise InputError(f"The run was made with {state['size']} prompts or examples, and now there are {len(self.source)}.")
+        if state.get("contents", self.source.contents()) != self.source.contents():
+            raise InputError("The prompts or examples are not those that the run was made with: put them back, or start a new run.")
         self.rng.set_state(state["rng"])
         self.queue = state["queue"].tolist()

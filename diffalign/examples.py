@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from diffalign import layouts, records
-from diffalign.cache import cache_root
+from diffalign.cache import cache_root, digest
 from diffalign.contract import CheckedReward
-from diffalign.data import PicturePrompt, Prompt, batch_of, hold_out
+from diffalign.data import PicturePrompt, Prompt, batch_of, hold_out, text_of
 from diffalign.errors import InputError
 from diffalign.intake import Intake, Reel, Shelving, contents, decoded, device_of
 from diffalign.layouts import Row
@@ -65,6 +66,9 @@ class ExampleSet:
             taken=self.taken,
         )
 
+    def contents(self) -> str:
+        return digest(*(f"{text_of(e.prompt)}\0{Path(e.x_0).name}\0{Path(e.rejected or '').name}\0{e.desirable}" for e in self.examples))
+
     def _rows(self, keys: Sequence[str]) -> Tensor:
         return self.rows(keys).to(device_of(self.policy))
 
@@ -112,6 +116,7 @@ def read(
         found = [replace(example, score=score) for example, score in zip(found, scores, strict=True)]
     elif any(example.score is None for example in found):
         found = [replace(example, score=None) for example in found]
+    found = _agreeing(found, tally, say)
     prompts: list[Prompt] = [example.prompt for example in found]
     held_prompts = set(hold_out(prompts, seed)[1])
     held = [example for example in found if example.prompt in held_prompts]
@@ -122,6 +127,26 @@ def read(
     if not train:
         say("Fewer than ten prompts: none is held out, and the evaluation uses the training examples.")
     return ExampleSet(intake.rows, policy, train or held, intake.taken), ExampleSet(intake.rows, policy, held, intake.taken)
+
+
+def _agreeing(found: list[Example], tally: Tally, say: Callable[[str], None]) -> list[Example]:
+    """Without labels that contradict one before. Says where pairs stand in both orders, and where all labels are the same."""
+    labels: dict[tuple[Prompt, str], bool] = {}
+    kept: list[Example] = []
+    for example in found:
+        liked = example.desirable
+        if liked is not None and labels.setdefault((example.prompt, example.x_0), liked) != liked:
+            what = f"a picture of '{text_of(example.prompt)}' is labelled true in one row, and false in another."
+            tally.note(Fault("rows whose labels contradict", f"The labels contradict: {what}"))
+            continue
+        kept.append(example)
+    if labels and len(set(labels.values())) == 1:
+        say(f"All pictures are {'liked' if labels.popitem()[1] else 'disliked'}: there is nothing to tell them from.")
+    pairs = {(example.prompt, example.x_0, example.rejected) for example in kept}
+    both = sum((prompt, rejected, chosen) in pairs for prompt, chosen, rejected in pairs) // 2
+    if both:
+        say(f"{both:,} pairs stand in both orders: people disagreed, and both count.")
+    return kept
 
 
 def _examples(source: str, kind: Data, intake: Intake | Reel, tally: Tally) -> Iterator[Example]:

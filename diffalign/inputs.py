@@ -13,6 +13,7 @@ from diffalign.data import Prompt, batch_of, hold_out, read_prompts
 from diffalign.errors import InputError
 from diffalign.examples import ExampleSet
 from diffalign.settings import Settings
+from diffalign.types import EditingPolicy
 
 Data = tuple[ExampleSet, ExampleSet] | None  # training and held-out examples
 
@@ -22,6 +23,17 @@ def open_data(plan: Plan, policy: Any, accelerator: Any = None) -> Data:
     settings, kind = plan.settings, plan.method.needs.data
     if settings.data is None or kind is None:
         return None
+
+    if isinstance(policy, EditingPolicy) != (kind == "edits"):
+        if kind == "edits":
+            raise InputError(
+                f"{plan.method_name} trains pipelines that edit pictures, and {settings.pipeline} is none: --pipeline shapes-edit, or an "
+                "InstructPix2Pix model."
+            )
+        raise InputError(
+            f"{settings.pipeline} edits pictures, and the {kind} of --data come without pictures to edit. It is trained by hive on edits, "
+            "and by the methods on own samples with --prompts FILE.jsonl."
+        )
 
     def read() -> Data:
         assert settings.data is not None

@@ -243,9 +243,8 @@ def rank(policy: Policy, reward: CheckedReward, prompts: Sequence[str], making: 
 def _sample(policy: Policy, reward: CheckedReward, texts: Prompts, making: Making, numbers: range) -> list[Drawn]:
     """Samples, their pictures in [0, 1], on the CPU, rounded to 8 bits as their files are."""
     condition = policy.encode(texts)
-    seeds = [int(digest(f"{making.seed} {n}")[:15], 16) for n in numbers]
-    noise = torch.cat([policy.prior(condition[i : i + 1], torch.Generator().manual_seed(seed)) for i, seed in enumerate(seeds)])
-    eta, rng = float(making.trajectories), torch.Generator().manual_seed(seeds[0])
+    noise = torch.cat([policy.prior(condition[i : i + 1], _generator(making, str(n))) for i, n in enumerate(numbers)])
+    eta, rng = float(making.trajectories), _generator(making, f"steps {numbers[0]}")  # its own: no noise may be used twice
     taken = rollout(policy, condition, steps=making.sample_steps, kernel=ddim(eta), random_steps=making.random_steps, start=noise, rng=rng)
     pictures = (policy.decode(taken.final).clamp(0, 1) * 255).round() / 255
     stored: list[Stored | None] = [None] * len(numbers)
@@ -253,6 +252,10 @@ def _sample(policy: Policy, reward: CheckedReward, texts: Prompts, making: Makin
         how = Taken(taken.schedule, taken.actions, eta, condition.guidance_scale)
         stored = [Stored(states, how) for states in taken.states.float().cpu().unbind(1)]
     return [Drawn(*each) for each in zip(pictures.cpu(), reward(pictures, texts).tolist(), stored, strict=True)]
+
+
+def _generator(making: Making, what: str) -> torch.Generator:
+    return torch.Generator().manual_seed(int(digest(f"{making.seed} {what}")[:15], 16))
 
 
 def _watch(rows: Generator[Ranked], making: Making, wanted: int, patience: int) -> Iterator[Ranked]:

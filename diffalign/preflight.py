@@ -37,7 +37,10 @@ def preflight(plan: Plan, policy: Any, prompts: list[Prompt], examples: Source |
     given: Any = None if examples is None else examples.take([i % len(examples) for i in range(size)])
     trained_on = batch if given is None or plan.method.needs.data_role == "besides" else given
     context = Context(Generator().manual_seed(0), more=lambda: trained_on, examples=None if given is None else lambda: given)
-    loss = next(iter(plan.method.losses(policy, plan.reward, trained_on, context)))
+    loss = next(iter(plan.method.losses(policy, plan.reward, trained_on, context)), None)
+    if loss is None:
+        yield Finding("gradient", False, "no two samples of a prompt differ in reward: there is nothing to learn in this round")
+        return
     yield _gradient_arrives(policy, loss)
     if plan.method.needs.differentiable_reward:
         yield _finite_differences(plan, policy, batch)

@@ -511,7 +511,7 @@ def test_labels_that_contradict(label_0: float, label_1: float, tmp_path: Path, 
         ({"prompt": "a", "image_path": ["0.png", "1.png"], "human_preference": [1]}, "human_preference has 1 numbers for 2 pictures"),
         ({"prompt": "a", "image_path": ["0.png", "1.png"], "rank": [1, 2, 3]}, "rank has 3 numbers for 2 pictures"),
         ({"prompt": "a", "images": ["0.png", "1.png"], "scores": [1, 2]}, "images stand best first, and scores do not fall"),
-        ({"prompt": "a", "images": ["0.png"]}, "images is no list of two or more pictures"),
+        ({"prompt": "a", "images": "0.png"}, "images is no list of two or more pictures"),
         ({"prompt": "a", "images": ["0.png", "1.png"], "scores": "ab"}, "scores is no list of numbers"),
     ],
 )
@@ -520,6 +520,52 @@ def test_lists_that_contradict(row: dict[str, Any], message: str, tmp_path: Path
     (tmp_path / "train.json").write_text(json.dumps([row]))
     with pytest.raises(InputError, match=f"train.json, entry 1: .*{message}"):
         read(tmp_path, policy)
+
+
+def test_single_pictures_and_equal_scores_are_left_out(tmp_path: Path, policy: StableDiffusion) -> None:
+    pictures(tmp_path, 0, 1)
+    good = {"prompt": "b", "images": ["0.png", "1.png"]}
+    lines(tmp_path / "ranks.jsonl", {"prompt": "a", "images": ["0.png"]}, {"prompt": "a", "images": []}, good)
+    assert found(tmp_path, policy) == [("b", 0, 1)]
+    tie = {"prompt": "a", "chosen": "0.png", "rejected": "1.png", "chosen_score": 2, "rejected_score": 2}
+    lines(tmp_path / "pairs.jsonl", tie, {"prompt": "b", "chosen": "0.png", "rejected": "1.png"})
+    assert found(tmp_path, policy) == [("b", 0, 1)]
+
+
+def test_ranks_and_ratings_of_one_prompt_are_not_mixed(tmp_path: Path, policy: StableDiffusion) -> None:
+    """Ranks count where all pictures have one, else ratings where all have one."""
+    pictures(tmp_path, 0, 1)
+
+    def rows(*labels: tuple[int | None, float | None]) -> None:
+        keys = ("prompt_id", "prompt", "image_path", "rank", "overall_rating")
+        made = [("p", "a", f"{i}.png", *label) for i, label in enumerate(labels)]
+        parquet(tmp_path / "metadata-train.parquet", [dict(zip(keys, values, strict=True)) for values in made])
+
+    rows((1, 2.0), (2, 7.0))
+    assert found(tmp_path, policy) == [("a", 0, 1)]
+    rows((1, 2.0), (None, 7.0))
+    assert found(tmp_path, policy) == [("a", 1, 0)]
+    rows((1, 7.0), (None, 2.0))
+    assert found(tmp_path, policy) == [("a", 0, 1)]
+    rows((1, None), (None, 7.0))
+    with pytest.raises(InputError, match="a rank each, or an overall_rating each"):
+        read(tmp_path, policy)
+
+
+def test_labels_of_one_picture_contradict(tmp_path: Path, policy: StableDiffusion) -> None:
+    pictures(tmp_path, 0, 1)
+    rows = [{"prompt": "a", "image": "0.png", "label": True}, {"prompt": "a", "image": "0.png", "label": False}]
+    lines(tmp_path / "labels.jsonl", *rows)
+    with pytest.raises(InputError, match="a picture of 'a' is labelled true in one row, and false in another"):
+        read(tmp_path, policy, "labels")
+    said: list[str] = []
+    assert len(read(tmp_path, policy, "labels", skip=True, say=said.append)[0]) == 1
+    assert any("All pictures are liked" in line for line in said)
+    (tmp_path / "labels.jsonl").unlink()
+    pair = {"prompt": "a", "chosen": "0.png", "rejected": "1.png"}
+    lines(tmp_path / "pairs.jsonl", pair, {**pair, "chosen": "1.png", "rejected": "0.png"})
+    assert len(read(tmp_path, policy, say=said.append)[0]) == 2
+    assert "1 pairs stand in both orders: people disagreed, and both count." in said
 
 
 def test_no_data_is_said_before_a_model_is_loaded(tmp_path: Path) -> None:

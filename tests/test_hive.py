@@ -289,7 +289,7 @@ def test_a_model_of_text_cannot_read_edits(run_cli: Any, tmp_path: Path, files: 
     given = ("--pipeline", files / "model", "--reward", f"{files / 'rewards.py'}:red", "--data", "edits")
     outcome = run_cli("train", "--method", "hive", *given)
     assert outcome.status == 2
-    assert "takes no picture" in outcome.err
+    assert "hive trains pipelines that edit pictures" in outcome.err
     outcome = run_cli("train", "--method", "hive", *given[:4])
     assert outcome.status == 2
     assert "edits.jsonl (source, instruction, edited)" in outcome.err
@@ -381,3 +381,9 @@ def test_a_model_makes_edits_for_hive(run_cli: Any, tmp_path: Path, model: Path)
     again = run_cli("edits", *small, "--output", "made")
     assert again.status == 2
     assert "exists already" in again.err
+
+
+def test_levels_weighted_for_v_want_a_network_that_predicts_epsilon():
+    policy: Any = SimpleNamespace(path=SimpleNamespace(prediction="v_prediction"))
+    with pytest.raises(InputError, match="of networks that predict epsilon, and this one does not"):
+        next(iter(HIVE(weighting="v").losses(policy, None, None, None)))  # pyright: ignore[reportArgumentType]
