@@ -17,7 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from diffalign.errors import InputError, nearest
 
 GROUPS = ("method", "reward", "lora")  # of settings, each with names of its own
-LISTS = ("--eval_rewards", "--log", "--lora.target_modules", "--betas")
+LISTS = ("--eval_rewards", "--log", "--lora.target_modules", "--betas", "--original_size", "--crops_coords_top_left", "--target_size")
 SWITCHES = ("--full", "--trajectories", "--method.checkpointing", "--method.reference_free")
 
 

@@ -15,6 +15,7 @@ from diffalign import registry
 from diffalign.errors import InputError, nearest
 from diffalign.settings import Settings
 
+OPTIONS = ("image_guidance_scale", "original_size", "crops_coords_top_left", "target_size", "vae_precision")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -34,9 +35,10 @@ def adapter_of(class_name: str) -> Any:
     """The policy class for a diffusers pipeline class; raises InputError for one that has no adapter."""
     rows = registry.table("pipelines")
     if class_name not in rows:
+        why = registry.UNSUITED.get(class_name, nearest(class_name, rows))
         raise InputError(
-            f"{class_name} has no adapter. {nearest(class_name, rows)} Supported: {', '.join(sorted(rows))}. "
-            "An adapter is one file: see docs/design.md."
+            f"{class_name} has no adapter. {why} Supported: {', '.join(sorted(rows))}. "
+            "An adapter is one file: see 'A pipeline' in docs/design.md."
         )
     return registry.find("pipelines", class_name)[0]
 
@@ -112,10 +114,10 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
     device = device_of(settings)
     if settings.precision == "fp16" and device.type == "cpu":
         raise InputError("fp16 needs a GPU: on a CPU use --precision fp32 (or bf16).")
+    if settings.vae_precision == "fp16" and device.type == "cpu":
+        raise InputError("vae_precision fp16 needs a GPU: on a CPU use --vae-precision fp32 (or bf16).")
     pipe = load_pipeline(settings.pipeline, settings.revision) if pipe is None else pipe
     adapter = adapter_of(type(pipe).__name__)
-    edits = "image_guidance_scale" in inspect.signature(adapter.of).parameters
-    own = {"image_guidance_scale": settings.image_guidance_scale} if edits else {}
     policy = adapter.of(
         pipe,
         guidance_scale=settings.guidance_scale,
@@ -124,11 +126,23 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
         width=settings.width,
         precision="fp32" if settings.full else settings.precision,
         device=device,
-        **own,
+        **_own_options(adapter, settings, type(pipe).__name__),
     )
     if settings.full:
         policy.dtype = DTYPES[settings.precision]
     return prepare_to_train(policy, settings) if train else policy
+
+
+def _own_options(adapter: Any, settings: Settings, name: str) -> dict[str, Any]:
+    """The settings that not every adapter takes; raises InputError for one that was given and that this one does not take.
+
+    `image_guidance_scale` has a value always, and is left out where there is no picture to be guided towards.
+    """
+    taken = inspect.signature(adapter.of).parameters
+    for option in OPTIONS[1:]:
+        if option not in taken and vars(settings)[option] != vars(Settings())[option]:
+            raise InputError(f"{option}: the adapter of {name} takes none. Drop it.")
+    return {option: vars(settings)[option] for option in OPTIONS if option in taken}
 
 
 def prepare_to_train(policy: Any, settings: Settings) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,39 +21,47 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 @dataclass
 class TextCache:
-    """Text embeddings, computed once. `encode` maps a list of texts to (n, tokens, width); rows are kept on the CPU, up to `capacity`.
+    """Text embeddings, computed once. `encode` maps n texts to tensors (n, ...), one for each of `names`; rows are kept on the CPU, up
+    to `capacity` texts. A call gives the tensors by name.
 
     Missing texts go through the encoder in batches of one fixed size: a row's last bits depend on the batch size, and a resumed run
     has another cache than an uninterrupted one. With a `shelf` the rows are also kept on disk, for every later run.
     """
 
-    encode: Callable[[list[str]], Tensor]
+    encode: Callable[[list[str]], Sequence[Tensor]]
     device: str | torch.device = "cpu"
+    names: tuple[str, ...] = ("encoder_hidden_states",)
     batch_size: int = 8
     capacity: int = 4096
-    rows: OrderedDict[str, Tensor] = field(default_factory=OrderedDict)
+    rows: OrderedDict[str, tuple[Tensor, ...]] = field(default_factory=OrderedDict)
     shelf: Shelf | None = None
 
-    def __call__(self, texts: Sequence[str]) -> Tensor:
+    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
         found = {text: self.rows[text] for text in texts if text in self.rows}
-        if self.shelf is not None:
-            shelved = {text: self.shelf.get(digest(text)) for text in dict.fromkeys(texts) if text not in found}
-            found |= {text: row for text, row in shelved.items() if row is not None}
+        for text in dict.fromkeys(texts):
+            row = None if text in found else self._shelved(text)
+            found |= {} if row is None else {text: row}
         missing = [text for text in dict.fromkeys(texts) if text not in found]
         for i in range(0, len(missing), self.batch_size):
             chunk = missing[i : i + self.batch_size]
             padded = chunk + [""] * (self.batch_size - len(chunk))
-            new = dict(zip(chunk, self.encode(padded).detach().cpu(), strict=False))
-            found |= new
-            for text, row in new.items():
-                if self.shelf is not None:
-                    self.shelf.put(digest(text), row)
+            parts = [part.detach().cpu() for part in self.encode(padded)]
+            for text, row in zip(chunk, zip(*parts, strict=True), strict=False):
+                found[text] = row
+                for name, part in zip(self.names, row, strict=True):
+                    if self.shelf is not None:
+                        self.shelf.put(digest(name, text), part)
         for text, row in found.items():
             self.rows[text] = row
             self.rows.move_to_end(text)
         while len(self.rows) > self.capacity:
             self.rows.popitem(last=False)
-        return torch.stack([found[text] for text in texts]).to(self.device)
+        return {name: torch.stack([found[text][i] for text in texts]).to(self.device) for i, name in enumerate(self.names)}
+
+    def _shelved(self, text: str) -> tuple[Tensor, ...] | None:
+        rows = [] if self.shelf is None else [self.shelf.get(digest(name, text)) for name in self.names]
+        whole = tuple(row for row in rows if row is not None)
+        return whole if len(whole) == len(self.names) else None
 
 
 @contextmanager
@@ -82,33 +90,63 @@ def frozen_copy(module: Any) -> Any:
     return copy.deepcopy(module).requires_grad_(False)
 
 
-def call_unet(unet: Any, dtype: torch.dtype, x: Tensor, t: Tensor, hidden: Tensor) -> Tensor:
-    """The UNet's output (B, *latent) in the dtype of x, computed in `dtype`."""
+def call_unet(unet: Any, dtype: torch.dtype, x: Tensor, t: Tensor, hidden: Tensor, added: Mapping[str, Tensor] | None = None) -> Tensor:
+    """The UNet's output (B, *latent) in the dtype of x, computed in `dtype`; `added` are SDXL's pooled embeddings and sizes."""
     # Each weight is used once a call, and older torch handed a step with a graph the casts made without one: no cache.
     half = dtype != torch.float32
     with torch.autocast(x.device.type, dtype if half else None, enabled=half, cache_enabled=False):
-        return unet(x, t, encoder_hidden_states=hidden, return_dict=False)[0].to(x.dtype)
+        return unet(x, t, encoder_hidden_states=hidden, added_cond_kwargs=added, return_dict=False)[0].to(x.dtype)
+
+
+def vae_dtype(vae: Any, precision: str) -> torch.dtype:
+    """What the VAE computes in: fp32 in the place of fp16 where its configuration says that it overflows there, as in diffusers."""
+    if precision == "fp16" and vae.config.get("force_upcast"):
+        return torch.float32
+    return PRECISIONS[precision]
 
 
 def decode_images(vae: Any, x_0: Tensor) -> Tensor:
-    """Latents to images (B, 3, H, W) in [0, 1], in fp32, with a graph where one is wanted."""
-    images = vae.decode(x_0 / vae.config.scaling_factor, return_dict=False)[0]
+    """Latents to images (B, 3, H, W) in [0, 1], fp32, computed in the VAE's dtype, with a graph where one is wanted."""
+    latents, normal = x_0 / vae.config.scaling_factor, _statistics(vae, x_0)
+    if normal is not None:
+        latents = latents * normal[1] + normal[0]
+    images = vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()
     return (images / 2 + 0.5).clamp(0, 1)
 
 
 def embed_images(vae: Any, images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] to x_0, the mode of the VAE's posterior."""
-    return vae.encode(images * 2 - 1).latent_dist.mode() * vae.config.scaling_factor
+    """Images (B, 3, H, W) in [0, 1] to x_0, fp32: the mode of the VAE's posterior, scaled."""
+    latents = posterior_mode(vae, images)
+    normal = _statistics(vae, latents)
+    if normal is not None:
+        latents = (latents - normal[0]) / normal[1]
+    return latents * vae.config.scaling_factor
 
 
-def shelve(pipe: Any, texts: TextCache, height: int, width: int, root: Path) -> Shelf:
+def posterior_mode(vae: Any, images: Tensor) -> Tensor:
+    """The VAE's own latents of images (B, 3, H, W) in [0, 1], fp32, not scaled."""
+    found = vae.encode((images * 2 - 1).to(vae.dtype), return_dict=False)[0]
+    return (found if isinstance(found, Tensor) else found.mode()).float()  # an AutoencoderTiny has no posterior
+
+
+def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation (C, 1, 1) that some VAEs' latents are normalised with; None for the others."""
+    mean, std = (vae.config.get(name) for name in ("latents_mean", "latents_std"))
+    return None if mean is None or std is None else (torch.tensor(mean).to(like)[:, None, None], torch.tensor(std).to(like)[:, None, None])
+
+
+def shelve(pipe: Any, texts: TextCache, encoders: Mapping[str, str], height: int, width: int, root: Path) -> Shelf:
     """Keep text embeddings under `root` from now on; the shelf there of the VAE's latents of pictures of this size.
 
-    Both are named after what they are computed with, so a shelf of another model, or of another precision, is another one.
+    Both are named after what they are computed with, so a shelf of another model, or of another precision, is another one. `encoders`
+    names the pipeline's text encoders, each with its tokenizer.
     """
-    tokens = sorted(pipe.tokenizer.get_vocab().items())
-    texts.shelf = Shelf(root / "texts" / fingerprint(pipe.text_encoder, tokens, pipe.tokenizer.model_max_length))
-    return Shelf(root / "latents" / f"{fingerprint(pipe.vae, pipe.vae.config.scaling_factor)}-{height}x{width}")
+    found = ((getattr(pipe, encoder), getattr(pipe, tokenizer)) for encoder, tokenizer in encoders.items())
+    marks = [fingerprint(encoder, sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length) for encoder, tokenizer in found]
+    texts.shelf = Shelf(root / "texts" / "-".join(marks))
+    statistics = [pipe.vae.config.get(name) for name in ("scaling_factor", "latents_mean", "latents_std")]
+    mark = fingerprint(pipe.vae, *(value for value in statistics if value is not None))
+    return Shelf(root / "latents" / f"{mark}-{height}x{width}")
 
 
 @contextmanager
@@ -142,3 +180,18 @@ def own_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int
 def check_size(height: int, width: int, multiple: int) -> None:
     if height < multiple or width < multiple or height % multiple or width % multiple:
         raise InputError(f"A picture of {height} x {width} does not fit this model: give multiples of {multiple}.")
+
+
+def notes_of(pipe: Any, vae_precision: str) -> tuple[str, ...]:
+    """What is otherwise here than in the pipeline's own call: lines for the person."""
+    notes = list[str]()
+    scheduler = type(pipe.scheduler).__name__
+    if scheduler != "DDIMScheduler":
+        notes.append(f"Sampled with DDIM in the place of the pipeline's {scheduler}, on its betas, spacing and prediction type.")
+    if pipe.components.get("safety_checker") is not None:
+        notes.append("The pipeline's safety checker stays in the pipeline; the training, and its pictures, do not pass through it.")
+    if vars(pipe).get("watermark") is not None:
+        notes.append("The pipeline's watermark stays in the pipeline; the training's pictures carry none.")
+    if vae_dtype(pipe.vae, vae_precision) != PRECISIONS[vae_precision]:
+        notes.append("The VAE overflows in fp16 (force_upcast in its configuration): it computes in fp32.")
+    return tuple(notes)
