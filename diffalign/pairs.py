@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from diffalign import registry
 from diffalign.cache import digest
 from diffalign.config import model_preset, name_of, parameters, parse
-from diffalign.console import console, say
+from diffalign.console import console, say, say_notes
 from diffalign.contract import CheckedReward, as_reward
 from diffalign.data import Prompt, check_prompts, read_prompts
 from diffalign.errors import InputError
@@ -57,8 +57,8 @@ class Making:
     """Samples of one forward."""
     guidance_scale: float = 7.5
     """Classifier-free guidance; 1 for none."""
-    negative_prompt: str = ""
-    """Prompt of the unconditional branch."""
+    negative_prompt: str | None = None
+    """Prompt of the unconditional branch; by default the pipeline's own: the empty one, or none at all for SDXL."""
     height: int | None = None
     """Height of the pictures in pixels; by default the model's own."""
     width: int | None = None
@@ -183,6 +183,7 @@ def make(
     done = ledger(folder, settings)
     if _missing(making, done, prompts):
         policy = _policy(making, live)
+        say_notes(policy)
         if reward.modality != "image" or policy.modality != "image":
             raise InputError(f"{reward.name} judges {reward.modality}, and this pipeline makes {policy.modality}: pairs are of pictures.")
         with claim(folder, settings):

@@ -29,6 +29,7 @@ def preflight(plan: Plan, policy: Any, prompts: list[Prompt], examples: Source |
     """Yield the findings, cheap ones first. The policy's weights are the same afterwards. `examples` are of a method that takes data."""
     size = plan.settings.batch_size
     batch = batch_of((prompts * size)[:size], policy)
+    yield from (Finding("pipeline", None, note) for note in vars(policy).get("notes", ()))
     yield _batch_plan(plan, len(prompts))
     yield _deterministic_steps(_steps(plan), policy)
     yield _ratio(policy, batch)
