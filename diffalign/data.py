@@ -16,7 +16,7 @@ from diffalign.cache import digest
 from diffalign.errors import InputError
 from diffalign.media import data_uri, decode_image, fit, from_data_uri
 from diffalign.registry import MODELS
-from diffalign.types import PicturePolicy, Policy, Prompts
+from diffalign.types import PictureField, PicturePolicy, Policy, Prompts
 
 
 @dataclass(frozen=True)
@@ -76,28 +76,33 @@ def batch_of(prompts: Sequence[Prompt], policy: Policy | None = None) -> Prompts
     return Prompts(texts, images, torch.stack(masks) if masks else None)
 
 
+def takes(policy: Policy | None) -> tuple[PictureField, ...]:
+    """Which pictures the policy's prompts come with."""
+    return policy.takes if isinstance(policy, PicturePolicy) else ()
+
+
 def check_pictures(prompts: Sequence[Prompt], policy: Policy | None) -> list[PicturePrompt]:
     """Those prompts that have a picture: all where the policy takes pictures, else none; raises InputError where it is otherwise.
 
     The same of masks.
     """
-    takes = policy.takes if isinstance(policy, PicturePolicy) else ()
+    wanted = takes(policy)
     pictures = [prompt for prompt in prompts if isinstance(prompt, PicturePrompt)]
     lacking: list[Prompt] = [prompt for prompt in prompts if isinstance(prompt, str)]
-    if "mask" in takes:
+    if "mask" in wanted:
         lacking += [prompt for prompt in pictures if prompt.mask is None]
-    if takes and lacking:
-        what = "edits pictures" if takes == ("image",) else "fills masked pictures"
+    if wanted and lacking:
+        what = "edits pictures" if wanted == ("image",) else "fills masked pictures"
         none = "none" if isinstance(lacking[0], str) else "no mask"
-        example = ", ".join(['"prompt": "make it red"', '"image": "picture.png"', '"mask": "mask.png"'][: 1 + len(takes)])
-        flags = " ".join(f"--{name} FILE" for name in takes)
+        example = ", ".join(['"prompt": "make it red"', '"image": "picture.png"', '"mask": "mask.png"'][: 1 + len(wanted)])
+        flags = " ".join(f"--{name} FILE" for name in wanted)
         raise InputError(
             f"This pipeline {what}, and the prompt '{text_of(lacking[0])}' has {none}. Give a .jsonl file of lines such as {{{example}}}; "
             f"to diffalign sample, {flags}."
         )
     masked = [prompt for prompt in pictures if prompt.mask is not None]
     for name, found in (("image", pictures), ("mask", masked)):
-        if name not in takes and found:
+        if name not in wanted and found:
             what = "picture" if name == "image" else "mask"
             raise InputError(f"This pipeline takes no {what}, and the prompt '{found[0].text}' comes with one. Drop the {what}s.")
     return pictures

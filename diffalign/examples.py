@@ -13,7 +13,7 @@ from torch import Tensor
 from diffalign import layouts, records
 from diffalign.cache import cache_root, digest
 from diffalign.contract import CheckedReward
-from diffalign.data import PicturePrompt, Prompt, batch_of, hold_out, text_of
+from diffalign.data import PicturePrompt, Prompt, batch_of, check_pictures, hold_out, text_of
 from diffalign.errors import InputError
 from diffalign.intake import Intake, Reel, Shelving, contents, decoded, device_of
 from diffalign.layouts import Row
@@ -154,9 +154,20 @@ def _examples(source: str, kind: Data, intake: Intake | Reel, tally: Tally) -> I
         media = [intake.take(picture) for picture in row.pictures]
         for i, example in KINDS[kind](row, [found.key if found else None for found in media], tally):
             found = media[i]
+            _check_subject(example.prompt, intake.policy, source)
             if found is not None and found.pixels is not None:
                 intake.score(example.prompt, found.pixels)
             yield example
+
+
+def _check_subject(prompt: Prompt, policy: Policy, source: str) -> None:
+    """Raise InputError where the data comes without the pictures that the policy works on, or with some for one that takes none."""
+    try:
+        check_pictures([prompt], policy)
+    except InputError as error:
+        raise InputError(
+            f"{source}: {error} In pairs.jsonl and ranks.jsonl these keys stand beside those of the pictures compared."
+        ) from error
 
 
 def _pairs(row: Row, keys: Sequence[str | None], tally: Tally) -> Iterator[tuple[int, Example]]:

@@ -110,7 +110,7 @@ class Settings:
             raise InputError(f"image_guidance_scale is {self.image_guidance_scale}: give 1 (none) or more.")
         for name, least in {"original_size": 1, "crops_coords_top_left": 0, "target_size": 1}.items():
             pair = vars(self)[name]
-            if pair is not None and (len(pair) != 2 or not min(pair) >= least):
+            if pair is not None and (len(pair) != 2 or not all(n >= least for n in pair)):
                 raise InputError(f"{name} is {list(pair)}: give two numbers of pixels, each {least} or more.")
         if not 0 <= self.seed < 2**31:
             raise InputError(f"seed is {self.seed}: give a whole number from 0 to 2147483647.")

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from diffalign.errors import InputError
-from diffalign.pipelines.common import posterior_mode
-from diffalign.pipelines.unet import ONE_ENCODER, TWO_ENCODERS, Named, UNetFamily
+from diffalign.pipelines.common import ONE_ENCODER, TWO_ENCODERS, posterior_mode
+from diffalign.pipelines.unet import Named, UNetFamily
 from diffalign.types import Prompts
 
 

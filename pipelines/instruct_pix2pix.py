@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import InputError
-from diffalign.pipelines.common import posterior_mode
-from diffalign.pipelines.unet import TWO_ENCODERS, Named, TextEncoding, UNetFamily
+from diffalign.pipelines.common import TWO_ENCODERS, TextEncoding, posterior_mode
+from diffalign.pipelines.unet import Named, UNetFamily
 from diffalign.types import Condition, Prompts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from diffalign.pipelines.unet import ONE_ENCODER, UNetFamily
+from diffalign.pipelines.common import ONE_ENCODER
+from diffalign.pipelines.unet import UNetFamily
 
 StableDiffusion = UNetFamily(ONE_ENCODER)

@@ -18,6 +18,7 @@ from diffalign.noise import draw_noise, path_of
 from diffalign.pipelines.common import (
     PRECISIONS,
     TextCache,
+    TextEncoding,
     base_unet,
     call_unet,
     decode_images,
@@ -33,36 +34,6 @@ from diffalign.types import Condition, Level, Modality, NoisePath, PictureField,
 
 Named = Mapping[str, Tensor]
 Size = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class TextEncoding:
-    """How texts become tensors: `encode(pipe, texts, device)` gives one tensor (n, ...) for each of `names`.
-
-    `encoders` are the pipeline's text encoders with their tokenizers. `sized`: the network is told sizes besides, as SDXL is.
-    """
-
-    encode: Callable[[Any, list[str], str | torch.device], Sequence[Tensor]]
-    names: tuple[str, ...] = ("encoder_hidden_states",)
-    encoders: Mapping[str, str] = field(default_factory=lambda: {"text_encoder": "tokenizer"})
-    sized: bool = False
-
-
-def clip(pipe: Any, texts: list[str], device: str | torch.device) -> Sequence[Tensor]:
-    """Embeddings (n, tokens, width) of one CLIP text encoder."""
-    return (pipe.encode_prompt(texts, device, 1, False)[0],)
-
-
-def two_clips(pipe: Any, texts: list[str], device: str | torch.device) -> Sequence[Tensor]:
-    """SDXL's embeddings: (n, tokens, width of both) and the second encoder's pooled one, (n, width)."""
-    found = pipe.encode_prompt(texts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)
-    return found[0], found[2]
-
-
-ONE_ENCODER = TextEncoding(clip)
-TWO_ENCODERS = TextEncoding(
-    two_clips, ("encoder_hidden_states", "text_embeds"), {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}, sized=True
-)
 
 
 def no_picture(pipe: Any, prompts: Prompts) -> tuple[Named, Named]:
@@ -134,7 +105,7 @@ class UNetFamily:
         def encode(texts: list[str]) -> list[Tensor]:
             return [part.float() for part in self.texts.encode(pipe, texts, device)]
 
-        cache = TextCache(encode, device, self.texts.names)
+        cache = TextCache(encode, device, self.texts.names, capacity=self.texts.cached)
         path, notes = path_of(pipe.scheduler), notes_of(pipe, vae_precision)
         return UNetPolicy(
             pipe, self, path, cache, guidance_scale, image_guidance_scale, negative_prompt, height, width, dtype, sizes, notes
@@ -157,9 +128,9 @@ class UNetFamily:
                 f"The UNet has {unet.in_channels} input channels, and that of a {name} has {wanted} here. "
                 "Load the checkpoint with the pipeline class that it was made for: 9 channels are for inpainting, 8 for InstructPix2Pix."
             )
-        if unet.time_cond_proj_dim is not None:
+        if unet.get("time_cond_proj_dim") is not None:
             raise InputError("This UNet was distilled to be told its guidance (an LCM), which is not supported: align the model it is of.")
-        if unet.encoder_hid_dim_type is not None:
+        if unet.get("encoder_hid_dim_type") is not None:
             raise InputError("This UNet wants pictures from an IP-Adapter: pipe.unload_ip_adapter() first.")
 
     def _sizes(self, pipe: Any, height: int, width: int, told: Mapping[str, Size | None]) -> Tensor | None:

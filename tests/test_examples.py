@@ -523,7 +523,7 @@ def test_lists_that_contradict(row: dict[str, Any], message: str, tmp_path: Path
         read(tmp_path, policy)
 
 
-def test_single_pictures_and_equal_scores_are_left_out(tmp_path: Path, policy: StableDiffusion) -> None:
+def test_single_pictures_and_equal_scores_are_left_out(tmp_path: Path, policy: UNetPolicy) -> None:
     pictures(tmp_path, 0, 1)
     good = {"prompt": "b", "images": ["0.png", "1.png"]}
     lines(tmp_path / "ranks.jsonl", {"prompt": "a", "images": ["0.png"]}, {"prompt": "a", "images": []}, good)
@@ -533,7 +533,7 @@ def test_single_pictures_and_equal_scores_are_left_out(tmp_path: Path, policy: S
     assert found(tmp_path, policy) == [("b", 0, 1)]
 
 
-def test_ranks_and_ratings_of_one_prompt_are_not_mixed(tmp_path: Path, policy: StableDiffusion) -> None:
+def test_ranks_and_ratings_of_one_prompt_are_not_mixed(tmp_path: Path, policy: UNetPolicy) -> None:
     """Ranks count where all pictures have one, else ratings where all have one."""
     pictures(tmp_path, 0, 1)
 
@@ -553,7 +553,7 @@ def test_ranks_and_ratings_of_one_prompt_are_not_mixed(tmp_path: Path, policy: S
         read(tmp_path, policy)
 
 
-def test_labels_of_one_picture_contradict(tmp_path: Path, policy: StableDiffusion) -> None:
+def test_labels_of_one_picture_contradict(tmp_path: Path, policy: UNetPolicy) -> None:
     pictures(tmp_path, 0, 1)
     rows = [{"prompt": "a", "image": "0.png", "label": True}, {"prompt": "a", "image": "0.png", "label": False}]
     lines(tmp_path / "labels.jsonl", *rows)
