@@ -12,12 +12,11 @@ import torch
 from torch import Generator, Tensor, nn
 
 from diffalign import lora
-from diffalign.cache import Shelf
+from diffalign.cache import Shelf, TextCache
 from diffalign.errors import InputError
 from diffalign.noise import draw_noise, path_of
 from diffalign.pipelines.common import (
     PRECISIONS,
-    TextCache,
     TextEncoding,
     base_unet,
     call_unet,
