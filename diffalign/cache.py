@@ -1,4 +1,4 @@
-"""What was computed once and is kept: rows of tensors by what they were made from, on disk for every later run or in memory for this one."""
+"""What was computed once and is kept: tensors by what they were made from, on disk for every later run or in memory for this one."""
 
 from __future__ import annotations
 

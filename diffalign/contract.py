@@ -71,7 +71,7 @@ class CheckedReward:
         return self.reward.modality
 
     def open(self) -> None:
-        """Load the weights of a reward that has some, so that what is wrong with them is said before expensive work. InputError for that."""
+        """Load the weights of a reward that has some; raises InputError for what is wrong with them before anything expensive is done."""
         if isinstance(self.reward, LearnedReward):
             self.reward.open()
 

@@ -49,7 +49,7 @@ class View:
     """How a network sees pictures: `size` pixels square, resized with antialiasing, then normalised.
 
     `crop` scales the shorter side to `size` and cuts the middle out, `pad` scales the longer side and puts black around it, `squash`
-    scales both. `rounds`: a crop whose margin is odd starts at the nearest whole pixel (torchvision), else at the one before (transformers).
+    scales both. `rounds`: a crop whose margin is odd starts at the nearest whole pixel (torchvision), else before it (transformers).
     """
 
     size: int = 224

@@ -169,6 +169,7 @@ def configs(
     ), BlipTextConfig(
         vocab_size=tokens, hidden_size=text, intermediate_size=text_inner, num_hidden_layers=text_layers, num_attention_heads=text // HEAD,
         encoder_hidden_size=vision, max_position_embeddings=positions, layer_norm_eps=1e-12,
+        bos_token_id=None, sep_token_id=None,  # of text generation alone
         is_decoder=True,  # makes the cross-attention; the calls stay bidirectional
     )  # fmt: skip
 

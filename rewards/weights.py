@@ -100,7 +100,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        if "nsupported" not in str(error):
+        if not re.search("[Uu]nsupported (global|class)|GLOBAL|reduce", str(error)):
             raise InputError(f"{path} is no checkpoint that can be read: it is damaged, or no torch file. Fetch it again.") from error
         raise InputError(
             f"{path} holds pickled objects besides tensors, which could run code when they are loaded: it is refused. Save its tensors "

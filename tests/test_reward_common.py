@@ -1,0 +1,141 @@
+"""What rewards of trained networks share: how pictures are prepared, chunks, and what is refused at the edge; and the twins' protocol."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from original_networks import smooth
+from PIL import Image
+
+from diffalign import registry
+from diffalign.contract import CheckedReward, check_gradient
+from diffalign.errors import InputError
+from diffalign.media import to_pil, to_tensor
+from diffalign.rewards.common import View, check_fields, in_chunks
+from diffalign.types import LearnedReward, Prompts
+
+TWO = Prompts(("a dog", "a cat"))
+LEARNED = [name for name in registry.REWARDS if name.split("-")[0] in ("hps", "image", "pickscore", "clip", "aesthetic")]
+
+
+def test_there_are_six_learned_rewards_that_need_no_extra() -> None:
+    assert sorted(LEARNED) == ["aesthetic", "clip", "hps-v2", "hps-v2.1", "image-reward", "pickscore"]
+
+
+def twin(name: str, folder: Path, **fields: Any) -> Any:
+    found, preset = registry.find("rewards", name)
+    return found(**{**preset, **fields}).tiny(folder)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_every_learned_reward_has_a_twin_of_its_class_that_scores_with_a_gradient(name: str, tmp_path: Path) -> None:
+    reward = twin(name, tmp_path, batch_size=3)
+    assert isinstance(reward, LearnedReward)
+    assert type(reward) is registry.find("rewards", name)[0]
+    assert reward.batch_size == 3
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 6e6
+    checked = CheckedReward(reward, name)
+    checked.open()
+    pictures = smooth(2, 40, 64).requires_grad_()
+    scores = checked(pictures, TWO)
+    low, high = reward.range
+    assert ((scores >= low) & (scores <= high)).all()
+    assert torch.autograd.grad(scores.sum(), pictures)[0].any()
+    assert reward.resolution == 224
+    again = twin(name, tmp_path / "again", batch_size=3)
+    assert torch.equal(again(pictures, TWO), scores)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_pictures_that_are_none_are_refused(name: str, tmp_path: Path) -> None:
+    reward = twin(name, tmp_path)
+    good = smooth(2, 40, 64)
+    nan = good.clone()
+    nan[1, 0, 3, 3] = float("nan")
+    for pictures, says in (
+        (good * 2 - 1, r"Pictures with pixels from -\d.*: this reward takes numbers in \[0, 1\]"),
+        (good * 255, r"to 2\d\d.*takes numbers in \[0, 1\]"),
+        (nan, "takes numbers in"),
+        (good[:, :1], r"Pictures of shape \(2, 1, 40, 64\)"),
+        (good[0], r"Pictures of shape \(3, 40, 64\)"),
+        ((good * 255).byte(), "torch.uint8"),
+        (good[:1], "1 pictures and 2 prompts"),
+    ):
+        with pytest.raises(InputError, match=says):
+            reward(pictures, TWO)
+
+
+def test_constructing_loads_nothing_and_checks_its_fields() -> None:
+    for name in LEARNED:
+        module, _, attribute = registry.REWARDS[name].target.partition(":")
+        made = getattr(importlib.import_module(module), attribute)
+        assert not {"towers", "judge", "networks"} & set(vars(made()))
+        with pytest.raises(InputError, match="batch_size is 0: give 1 or more"):
+            made(batch_size=0)
+        with pytest.raises(InputError, match="precision is fp16: give fp32 or bf16"):
+            made(precision="fp16")
+    check_fields("bf16", 1)
+
+
+@pytest.mark.parametrize("size", [(448, 448), (300, 401), (97, 60), (224, 225), (64, 64)])
+@pytest.mark.parametrize("rounds", [True, False])
+def test_the_crop_is_pillows_within_rounding(size: tuple[int, int], rounds: bool) -> None:
+    picture = (smooth(1, *size) * 255).round() / 255
+    height, width = size
+    scaled = (224 if height <= width else int(224 * height / width), 224 if width <= height else int(224 * width / height))
+    top, left = (round(x / 2) if rounds else x // 2 for x in (scaled[0] - 224, scaled[1] - 224))
+    pillow = to_tensor(to_pil(picture[0]).resize(scaled[::-1], Image.Resampling.BICUBIC).crop((left, top, left + 224, top + 224)))
+    found = View(rounds=rounds).fit(picture)[0].clamp(0, 1)
+    assert found.shape == (3, 224, 224)
+    assert (found - pillow).abs().max() <= 1.25 / 255  # Pillow rounds to 8 bits twice, once for each axis
+
+
+@pytest.mark.parametrize("size", [(448, 448), (300, 401), (97, 60), (10, 2000), (224, 100)])
+def test_the_pad_keeps_all_of_the_picture_in_the_middle(size: tuple[int, int]) -> None:
+    ones = View(how="pad").fit(torch.ones(1, 3, *size))[0, 0]
+    scale = 224 / max(size)
+    height, width = (max(1, round(side * scale)) for side in size)
+    top, left = (224 - height) // 2, (224 - width) // 2
+    wanted = torch.zeros(224, 224)
+    wanted[top : top + height, left : left + width] = 1
+    assert torch.allclose(ones, wanted, atol=1e-5)
+
+
+def test_the_squash_and_the_normalisation() -> None:
+    view = View(32, "squash", "bilinear", (0.5, 0.5, 0.5), (0.25, 0.5, 1.0))
+    found = view(torch.full((1, 3, 10, 50), 0.75))
+    assert found.shape == (1, 3, 32, 32)
+    assert torch.allclose(found.amax((0, 2, 3)), torch.tensor([1.0, 0.5, 0.25]))
+    assert torch.equal(View(40).fit(smooth(1, 40, 40)), smooth(1, 40, 40))
+
+
+def test_chunks_and_their_graph() -> None:
+    seen: list[int] = []
+
+    def score(media: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        seen.append(len(media))
+        return (media**2).mean((1, 2, 3)) * weights
+
+    media, weights = torch.rand(5, 3, 4, 4, requires_grad=True), torch.arange(5.0)
+    scores = in_chunks(score, 2, media, weights)
+    assert seen == [2, 2, 1]
+    assert torch.allclose(torch.autograd.grad(scores.sum(), media)[0], 2 * media / 48 * weights.view(-1, 1, 1, 1))
+    assert sorted(seen[3:]) == [1, 2, 2]  # each once more on the way back
+    seen.clear()
+    in_chunks(score, 2, media.detach(), weights)
+    in_chunks(score, 5, media, weights).sum().backward()
+    assert seen == [2, 2, 1, 5]
+
+
+def test_the_engine_finds_the_gradient(tmp_path: Path) -> None:
+    import tiny as pipelines
+
+    from diffalign.models import make_policy
+    from diffalign.settings import Settings
+
+    policy = make_policy(Settings(), pipelines.stable_diffusion(), train=False)
+    check_gradient(twin("hps-v2", tmp_path), "hps-v2", policy, TWO)
