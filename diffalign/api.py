@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -110,9 +110,18 @@ def _own_rewards(run: Run) -> list[CheckedReward]:
         raise InputError(f"A reward of {run.path} cannot be had: {error} Put it back, or name others with --reward NAME.") from error
 
 
-def score_files(reward: str, files: Sequence[Path], prompt: str | None = None, source: Path | None = None) -> Iterator[tuple[Path, float]]:
-    """`(file, score)` of each picture; the pictures may differ in size. `source` is what was edited, for a reward of edits."""
-    (checked,) = named_rewards([reward])
+def score_files(
+    reward: str,
+    files: Sequence[Path],
+    prompt: str | None = None,
+    source: Path | None = None,
+    fields: Mapping[str, Any] | None = None,
+) -> Iterator[tuple[Path, float]]:
+    """`(file, score)` of each picture; the pictures may differ in size. `source` is what was edited, for a reward of edits.
+
+    `fields` are the reward's.
+    """
+    (checked,) = named_rewards([reward], fields)
     if prompt is None:
         say("No --prompt: scored as if the prompt were empty.")
     pictures = [read_image(file) for file in files]

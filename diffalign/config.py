@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser, Namespace
 from diffalign import registry
 from diffalign.contract import CheckedReward, FunctionReward, as_reward, short_name
 from diffalign.errors import InputError
-from diffalign.flags import flat, nested, parameters, parse, refuse_empty
+from diffalign.flags import flat, nested, normal, parameters, parse, refuse_empty
 from diffalign.lora import LoRA
 from diffalign.settings import LIVE, Settings
 from diffalign.types import Method
@@ -170,6 +170,21 @@ def build_parser(names: Names, prog: str = "diffalign train") -> ArgumentParser:
     for action in parser._actions:
         action.help = about.get(action.dest, action.help)
     return parser
+
+
+def reward_fields(name: str, words: list[str]) -> dict[str, Any]:
+    """The fields of a named reward that `words`, such as `--reward.precision bf16`, set. Raises InputError for those that do not fit."""
+    found, _ = registry.find("rewards", name)
+    parser = ArgumentParser(exit_on_error=False)
+    known = parameters(found)
+    for field_name, (kind, default, _) in known.items():
+        parser.add_argument(f"--reward.{field_name}", type=kind, default=default)
+    arguments = normal(words)
+    values = parse(parser, lambda: parser.parse_args(arguments)).as_dict().get("reward", {})
+    given = {word.partition("=")[0].removeprefix("--reward.") for word in arguments}
+    fields = {key: value for key, value in values.items() if key in given}
+    refuse_empty(fields, found, "reward.")
+    return fields
 
 
 def names_of(given: Mapping[str, Any]) -> Names:

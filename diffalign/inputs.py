@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffalign import examples, registry
@@ -81,11 +81,12 @@ def eval_rewards(plan: Plan) -> list[CheckedReward]:
     return [CheckedReward(plan.reward.reward, plan.reward.name), *named_rewards(others)]
 
 
-def named_rewards(names: Sequence[str]) -> list[CheckedReward]:
-    """The rewards of these names, opened."""
+def named_rewards(names: Sequence[str], fields: Mapping[str, Any] | None = None) -> list[CheckedReward]:
+    """The rewards of these names, opened. `fields` are for all of them; without, they have their defaults."""
     found = [(name, *registry.find("rewards", name)) for name in dict.fromkeys(names)]
     rewards = [
-        CheckedReward(as_reward(thing(**preset) if isinstance(thing, type) else thing), short_name(name)) for name, thing, preset in found
+        CheckedReward(as_reward(thing(**{**preset, **(fields or {})}) if isinstance(thing, type) else thing), short_name(name))
+        for name, thing, preset in found
     ]
     for reward in rewards:
         reward.open()

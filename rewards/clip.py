@@ -93,12 +93,12 @@ def _view(folder: Path) -> View:
     except Exception as error:
         raise InputError(f"The picture processor in {folder} does not load: {' '.join(str(error).split())[:200]}") from error
     size, cut = said.size, said.crop_size if said.do_center_crop else None
-    mode = RESAMPLING.get(int(said.resample))
-    whole = said.do_resize and said.do_rescale and said.do_normalize and mode is not None
+    known = said.do_resize and said.do_rescale and said.do_normalize and int(said.resample) in RESAMPLING
+    mode: Any = RESAMPLING.get(int(said.resample))
     mean, std = tuple(said.image_mean), tuple(said.image_std)
-    if whole and cut is not None and size.shortest_edge == cut.height == cut.width:
+    if known and cut is not None and size.shortest_edge == cut.height == cut.width:
         return View(cut.height, "crop", mode, mean, std)
-    if whole and cut is None and size.height is not None and size.height == size.width:
+    if known and cut is None and size.height is not None and size.height == size.width:
         return View(size.height, "squash", mode, mean, std)
     raise InputError(f"The processor in {folder} prepares pictures in a way that this reward does not know: {said.to_dict()}.")
 
@@ -138,7 +138,7 @@ class OpenCLIP:
 
     @cached_property
     def towers(self) -> Towers:
-        import open_clip
+        import open_clip  # pyright: ignore[reportMissingImports]
 
         name = self.model
         if name.endswith(".json"):
@@ -171,7 +171,7 @@ class OpenCLIP:
         """The same reward with tiny random weights; they and the architecture's JSON file are written into `folder`."""
         import json
 
-        import open_clip
+        import open_clip  # pyright: ignore[reportMissingImports]
 
         folder.mkdir(parents=True, exist_ok=True)
         vision = {"image_size": 224, "layers": 2, "width": 128, "patch_size": 32}
@@ -186,7 +186,8 @@ def _open_clip_view(said: dict[str, Any]) -> View:
     """How an open_clip model wants its pictures. Raises InputError for what is not known here."""
     size = said["size"]
     height, width = (size, size) if isinstance(size, int) else size
-    how = {"shortest": "crop", "longest": "pad", "squash": "squash"}.get(said["resize_mode"])
+    hows: dict[str, Any] = {"shortest": "crop", "longest": "pad", "squash": "squash"}
+    how = hows.get(said["resize_mode"])
     if height != width or how is None or said["interpolation"] not in RESAMPLING.values() or (how == "pad" and said["fill_color"] != 0):
         raise InputError(f"This model prepares pictures in a way that this reward does not know: {said}.")
     return View(height, how, said["interpolation"], tuple(said["mean"]), tuple(said["std"]), rounds=True)

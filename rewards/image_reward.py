@@ -50,7 +50,8 @@ class Judge:
 
     def score(self, media: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Images (n, 3, H, W) in [0, 1] and tokens (n, 35) to (n,)."""
-        vision, text, head = (self.networks[name] for name in ("vision", "text", "head"))
+        networks: Any = self.networks
+        vision, text, head = (networks[name] for name in ("vision", "text", "head"))
         seen = vision(pixel_values=self.view(media).to(vision.dtype)).last_hidden_state
         read = text(input_ids=ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state
         return (head(read[:, 0].float())[:, 0] - MEAN) / STD

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,8 +42,8 @@ def features(folder: Path, pictures: torch.Tensor) -> torch.Tensor:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (CLIPImageProcessorPil().image_mean, CLIPImageProcessorPil().image_std))
-    found = CLIPModel.from_pretrained(folder).eval().get_image_features(pixel_values=(pictures - mean) / std).pooler_output
-    return F.normalize(found, dim=-1)
+    model: Any = CLIPModel.from_pretrained(folder).eval()
+    return F.normalize(model.get_image_features(pixel_values=(pictures - mean) / std).pooler_output, dim=-1)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "linear"])

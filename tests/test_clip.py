@@ -133,7 +133,7 @@ def test_chunks_precision_and_graph(make: Any, tmp_path: Path, caplog: pytest.Lo
     scale = float(scores.detach().abs().max())
     assert torch.allclose(scores, same, atol=1e-6 * max(1, scale))
     slopes = [torch.autograd.grad((x * torch.arange(6.0)).sum(), media)[0] for x, media in ((scores, whole), (same, parts))]
-    assert torch.allclose(*slopes, atol=1e-5 * float(slopes[0].abs().max()))
+    assert torch.allclose(slopes[0], slopes[1], atol=1e-5 * float(slopes[0].abs().max()))
     assert not reward(smooth(2, 60, 101), PROMPTS[:2]).requires_grad
     half = replace(reward, precision="bf16")(smooth(6, 60, 101), PROMPTS)
     assert half.dtype == torch.float32
@@ -145,7 +145,7 @@ def test_chunks_precision_and_graph(make: Any, tmp_path: Path, caplog: pytest.Lo
 def test_a_folder_that_is_no_clip_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model is ViT-L-14: give a Hub id user/model, or a folder"):
         CLIP(model="ViT-L-14")
-    with pytest.raises(InputError, match="There is no folder .*nowhere: --reward.checkpoint takes one with the files of openai/clip-vit"):
+    with pytest.raises(InputError, match=r"There is no folder .*nowhere: --reward.checkpoint takes one with the files of openai/clip-vit"):
         CLIP(checkpoint=tmp_path / "nowhere").open()
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -162,7 +162,7 @@ def test_a_folder_that_is_no_clip_is_refused(folder: Path, tmp_path: Path) -> No
         CLIP(checkpoint=copy).open()
     deeper = {**config, "text_config": {**config["text_config"], "num_hidden_layers": 3}}
     (copy / "config.json").write_text(json.dumps(deeper))
-    with pytest.raises(InputError, match="lacks 16 weights: text_model.encoder.layers.2"):
+    with pytest.raises(InputError, match=r"lacks 16 weights: text_model.encoder.layers.2"):
         CLIP(checkpoint=copy).open()
     (copy / "config.json").write_text(json.dumps(config))
     weights = (copy / "model.safetensors").read_bytes()
@@ -208,7 +208,7 @@ def test_open_clip_is_its_own_call(tmp_path: Path) -> None:
     assert torch.allclose(found, wanted, atol=1e-5)
     assert torch.autograd.grad(found.sum(), ours)[0].abs().max() > 0
     assert reward.resolution == 224
-    with pytest.raises(InputError, match="open_clip knows no model 'ViT-B-33'. Did you mean 'ViT-B-32'?"):
+    with pytest.raises(InputError, match=r"open_clip knows no model 'ViT-B-33'\. Did you mean 'ViT-B-32"):
         OpenCLIP(model="ViT-B-33").open()
     with pytest.raises(InputError, match="has no weights 'laion3b' of ViT-B-32"):
         OpenCLIP(pretrained="laion3b").open()

@@ -84,7 +84,7 @@ def test_chunks_give_what_the_whole_gives_with_its_gradient(reward: HPS) -> None
     scores, same = reward(whole, PROMPTS), chunked(parts, PROMPTS)
     assert torch.allclose(scores, same, atol=1e-6)
     slopes = [torch.autograd.grad((x * torch.arange(6.0)).sum(), media)[0] for x, media in ((scores, whole), (same, parts))]
-    assert torch.allclose(*slopes, atol=1e-5 * float(slopes[0].abs().max()))
+    assert torch.allclose(slopes[0], slopes[1], atol=1e-5 * float(slopes[0].abs().max()))
 
 
 def test_no_graph_is_kept_where_none_is_asked_for(reward: HPS) -> None:

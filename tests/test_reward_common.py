@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from original_networks import smooth
 from PIL import Image
 
@@ -34,7 +37,7 @@ def twin(name: str, folder: Path, **fields: Any) -> Any:
 @pytest.mark.parametrize("name", LEARNED)
 def test_every_learned_reward_has_a_twin_of_its_class_that_scores_with_a_gradient(name: str, tmp_path: Path) -> None:
     reward = twin(name, tmp_path, batch_size=3)
-    assert isinstance(reward, LearnedReward)
+    assert isinstance(thing := reward, LearnedReward), thing
     assert type(reward) is registry.find("rewards", name)[0]
     assert reward.batch_size == 3
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 6e6
@@ -88,7 +91,7 @@ def test_the_crop_is_pillows_within_rounding(size: tuple[int, int], rounds: bool
     height, width = size
     scaled = (224 if height <= width else int(224 * height / width), 224 if width <= height else int(224 * width / height))
     top, left = (round(x / 2) if rounds else x // 2 for x in (scaled[0] - 224, scaled[1] - 224))
-    pillow = to_tensor(to_pil(picture[0]).resize(scaled[::-1], Image.Resampling.BICUBIC).crop((left, top, left + 224, top + 224)))
+    pillow = to_tensor(to_pil(picture[0]).resize((scaled[1], scaled[0]), Image.Resampling.BICUBIC).crop((left, top, left + 224, top + 224)))
     found = View(rounds=rounds).fit(picture)[0].clamp(0, 1)
     assert found.shape == (3, 224, 224)
     assert (found - pillow).abs().max() <= 1.25 / 255  # Pillow rounds to 8 bits twice, once for each axis
@@ -139,3 +142,88 @@ def test_the_engine_finds_the_gradient(tmp_path: Path) -> None:
 
     policy = make_policy(Settings(), pipelines.stable_diffusion(), train=False)
     check_gradient(twin("hps-v2", tmp_path), "hps-v2", policy, TWO)
+
+
+SMALL = (
+    "--lr-schedule",
+    "constant",
+    "--batch-size",
+    2,
+    "--eval-size",
+    2,
+    "--sample-steps",
+    2,
+    "--sample-every",
+    100,
+    "--checkpoint-every",
+    1,
+)
+
+
+def flags(folder: Path) -> list[object]:
+    """Those of a twin of HPS v2.1 in `folder`."""
+    reward = twin("hps-v2.1", folder)
+    return ["--reward", "hps-v2.1", "--reward.checkpoint", reward.checkpoint, "--reward.tokenizer", folder]
+
+
+def test_a_training_on_local_files_and_its_resumption(tmp_path: Path, run_cli: Callable[..., Any]) -> None:
+    words = ["--method", "draft", *flags(tmp_path), "--reward.batch-size", 1, *SMALL]
+    assert run_cli("train", *words, "--steps", 2, "--output", "whole").status == 0
+    assert run_cli("train", *words, "--steps", 1, "--output", "parts").status == 0
+    outcome = run_cli("train", "--resume", "parts", "--steps", 2)
+    assert outcome.status == 0, outcome.err
+    rows = [[json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("whole", "parts")]
+    assert [row["reward"] for row in rows[0]] == [row["reward"] for row in rows[1]]
+    assert all(row["grad_norm"] > 0 for row in rows[0])
+    weights = [(tmp_path / run / "lora" / "pytorch_lora_weights.safetensors").read_bytes() for run in ("whole", "parts")]
+    assert weights[0] == weights[1]
+    config = yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())["reward"]
+    assert config == {
+        "name": "hps-v2.1", "version": "v2.1", "checkpoint": str(tmp_path / "HPS_v2.1_compressed.pt"), "tokenizer": str(tmp_path),
+        "revision": "main", "sha256": None, "precision": "fp32", "batch_size": 1,
+    }  # fmt: skip
+
+
+def test_what_is_wrong_with_a_reward_is_said_before_a_model_is_loaded(
+    tmp_path: Path, run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = flags(tmp_path)
+    whole = (tmp_path / "HPS_v2.1_compressed.pt").read_bytes()
+    (tmp_path / "HPS_v2.1_compressed.pt").write_bytes(whole[:9000])
+
+    def loaded(*_: object, **__: object) -> None:
+        raise AssertionError("a pipeline was loaded")
+
+    monkeypatch.setattr("diffalign.models.load_pipeline", loaded)
+    for command in (("train", "--method", "ddpo", "--output", "run"), ("check",), ("pairs", "--output", "pairs", "--prompts", "shapes")):
+        outcome = run_cli(*command, *words)
+        assert outcome.status == 2, command
+        assert "HPS_v2.1_compressed.pt is damaged or cut short" in outcome.err
+        assert outcome.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_score_takes_the_rewards_fields(tmp_path: Path, run_cli: Callable[..., Any]) -> None:
+    to_pil(smooth(1, 60, 40)[0]).save(tmp_path / "a.png")
+    outcome = run_cli("score", "a.png", *flags(tmp_path), "--reward.precision=bf16", "--prompt", "a dog")
+    assert outcome.status == 0, outcome.err
+    reward = twin("hps-v2.1", tmp_path, precision="bf16")
+    wanted = float(reward(to_tensor(Image.open(tmp_path / "a.png"))[None], Prompts(("a dog",))))
+    assert float(outcome.out.split("\t")[0]) == pytest.approx(wanted, rel=1e-5)
+    for words, says in (
+        (["--reward.presicion", "bf16"], "There is no setting 'reward.presicion'. Did you mean 'reward.precision'?"),
+        (["--reward.precision", "fp8"], "reward.precision is fp8: give fp32 or bf16."),
+    ):
+        outcome = run_cli("score", "a.png", "--reward", "hps-v2.1", *words)
+        assert outcome.status == 2
+        assert says in outcome.err
+
+
+def test_the_list_says_what_is_not_installed(run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    lines = run_cli("list", "rewards").out.splitlines()
+    (line,) = [line for line in lines if line.startswith("open-clip ")]
+    assert line.endswith("(not installed: pip install 'diffalign[open-clip]')")
+    assert all(any(line.startswith(name + " ") for line in lines) for name in LEARNED)
+    with pytest.raises(InputError, match=r"pip install 'diffalign\[open-clip\]'"):
+        registry.find("rewards", "open-clip")

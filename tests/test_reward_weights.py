@@ -123,14 +123,14 @@ def test_without_a_network_the_file_its_address_and_the_flag_are_named(monkeypat
         InputError, match=rf"LocalEntryNotFoundError.* download {address} elsewhere and name the file: --reward.checkpoint FILE"
     ):
         HPS(version="v2.1").open()
-    with pytest.raises(InputError, match="resolve/abc/ImageReward.pt elsewhere"):
+    with pytest.raises(InputError, match=r"resolve/abc/ImageReward\.pt elsewhere"):
         ImageReward(revision="abc").open()
     with pytest.raises(InputError, match=r"hf download user/model --local-dir FOLDER\) and name it: --reward.checkpoint FOLDER"):
         snapshot("user/model", "main", None, "checkpoint", ["*.json"])
 
 
 def test_a_local_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="There is no file .*none.pt: --reward.checkpoint takes the path of HPS_v2_compressed.pt"):
+    with pytest.raises(InputError, match=r"There is no file .*none\.pt: --reward.checkpoint takes the path of HPS_v2_compressed.pt"):
         HPS(checkpoint=tmp_path / "none.pt").open()
 
 
