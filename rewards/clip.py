@@ -58,6 +58,7 @@ class CLIP:
 
     @cached_property
     def towers(self) -> Towers:
+        """The networks, frozen, with what they read."""
         import transformers
 
         folder = snapshot(self.model, self.revision, self.checkpoint, "checkpoint", [*WEIGHTS, *TOKENIZER])
@@ -138,6 +139,7 @@ class OpenCLIP:
 
     @cached_property
     def towers(self) -> Towers:
+        """The networks, frozen, with what they read."""
         import open_clip  # pyright: ignore[reportMissingImports]
 
         name = self.model

@@ -25,6 +25,7 @@ EDGE = 1e-3  # how far above 1 or below 0 a pixel may lie: what rounding does
 
 
 def check_fields(precision: str, batch_size: int) -> None:
+    """Raise InputError for what the fields of every reward here cannot be: a Python caller's values have passed no parser."""
     if precision not in DTYPES:
         raise InputError(f"precision is {precision}: give {' or '.join(DTYPES)}.")
     if batch_size < 1:

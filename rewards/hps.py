@@ -64,6 +64,7 @@ class HPS:
 
     @cached_property
     def towers(self) -> Towers:
+        """The networks, frozen, with what they read."""
         from transformers import CLIPModel, CLIPTokenizer
 
         path = fetch(REPO, FILES[self.version], self.revision, self.checkpoint, self.sha256)

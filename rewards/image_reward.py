@@ -97,6 +97,7 @@ class ImageReward:
 
     @cached_property
     def judge(self) -> Judge:
+        """The networks, frozen, with what they read."""
         from transformers import BertTokenizer, BlipTextModel, BlipVisionModel
 
         path = fetch(REPO, FILE, self.revision, self.checkpoint, self.sha256)

@@ -52,6 +52,7 @@ class PickScore:
 
     @cached_property
     def towers(self) -> Towers:
+        """The networks, frozen, with what they read."""
         from transformers import CLIPModel, CLIPTokenizer
 
         model = load(CLIPModel, snapshot(REPO, self.revision, self.checkpoint, "checkpoint", WEIGHTS), DTYPES[self.precision])

@@ -39,8 +39,8 @@ def fetch(repo: str, file: str, revision: str, local: Path | None, sha256: str |
     except Exception as error:
         url = f"https://huggingface.co/{repo}/resolve/{revision}/{file}"
         raise InputError(
-            f"{file} of {repo} could not be fetched ({_said(error)}). Where there is no network, download {url} elsewhere and name the "
-            "file: --reward.checkpoint FILE."
+            f"{file} of {repo} could not be fetched ({type(error).__name__}). Where there is no network, download {url} elsewhere "
+            "and name the file: --reward.checkpoint FILE."
         ) from error
     check_sha256(path, sha256 or hub_sha256(path))
     return path
@@ -63,8 +63,8 @@ def snapshot(repo: str, revision: str, local: Path | None, flag: str, patterns: 
             folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[*patterns, "pytorch_model*.bin"]))
     except Exception as error:
         raise InputError(
-            f"{repo} could not be fetched ({_said(error)}). Check the name, the revision and your login for a gated model (hf auth login). "
-            f"Where there is no network, download it elsewhere (hf download {repo} --local-dir FOLDER) and name it: --reward.{flag} FOLDER."
+            f"{repo} could not be fetched ({type(error).__name__}). Check the name, the revision and your login for a gated model "
+            f"(hf auth login). Where there is no network, download it elsewhere (hf download {repo} --local-dir FOLDER) and name it: --reward.{flag} FOLDER."
         ) from error
     for file in folder.iterdir():
         check_sha256(file, hub_sha256(file))
