@@ -76,8 +76,8 @@ class InstructPix2Pix:
         height, width = own_size(pipe, height, width)
 
         @torch.no_grad()
-        def encode(texts: list[str]) -> Tensor:
-            return pipe._encode_prompt(texts, device, 1, False).float()
+        def encode(texts: list[str]) -> list[Tensor]:
+            return [pipe._encode_prompt(texts, device, 1, False).float()]
 
         path, texts = path_of(pipe.scheduler), TextCache(encode, device)
         return cls(pipe, path, guidance_scale, image_guidance_scale, negative_prompt, height, width, dtype, texts)
@@ -121,12 +121,13 @@ class InstructPix2Pix:
         """
         if prompts.image is None:
             raise InputError("This pipeline edits pictures, and the prompts have none.")
-        hidden = self.texts(prompts.text)
+        hidden = self.texts(prompts.text)["encoder_hidden_states"]
         source = self.pipe.vae.encode(prompts.image.to(hidden.device, torch.float32) * 2 - 1).latent_dist.mode()
         tensors = {"encoder_hidden_states": hidden, "source": source}
         if self.guidance_scale <= 1:
             return Condition(tensors)
-        null = {"encoder_hidden_states": self.texts([self.negative_prompt]).expand_as(hidden), "source": torch.zeros_like(source)}
+        empty = self.texts([self.negative_prompt])["encoder_hidden_states"].expand_as(hidden)
+        null = {"encoder_hidden_states": empty, "source": torch.zeros_like(source)}
         return Condition(tensors, null, self.guidance_scale)
 
     def blind(self, condition: Condition, rows: Tensor) -> Condition:

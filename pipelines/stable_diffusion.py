@@ -67,8 +67,8 @@ class StableDiffusion:
         height, width = own_size(pipe, height, width)
 
         @torch.no_grad()
-        def encode(texts: list[str]) -> Tensor:
-            return pipe.encode_prompt(texts, device, 1, False)[0].float()
+        def encode(texts: list[str]) -> list[Tensor]:
+            return [pipe.encode_prompt(texts, device, 1, False)[0].float()]
 
         path = path_of(pipe.scheduler)
         return cls(pipe, path, guidance_scale, negative_prompt, height, width, dtype, TextCache(encode, device))
@@ -106,10 +106,10 @@ class StableDiffusion:
 
     def encode(self, prompts: Prompts) -> Condition:
         """Prompt embeddings (B, tokens, width), from the cache where they are known."""
-        embeddings = self.texts(prompts.text)
+        embeddings = self.texts(prompts.text)["encoder_hidden_states"]
         if self.guidance_scale <= 1:
             return Condition({"encoder_hidden_states": embeddings})
-        null = self.texts([self.negative_prompt]).expand_as(embeddings)
+        null = self.texts([self.negative_prompt])["encoder_hidden_states"].expand_as(embeddings)
         return Condition({"encoder_hidden_states": embeddings}, {"encoder_hidden_states": null}, self.guidance_scale)
 
     def prior(self, condition: Condition, rng: Generator | None = None) -> Tensor:

@@ -160,7 +160,7 @@ def test_shares_of_what_is_left_out(policy: InstructPix2Pix):
     big = Prompts(("make it red",) * 512, torch.rand(1, 3, 16, 16).expand(512, 3, 16, 16))
     method = HIVE(drop_text=0.1, drop_image=0.2, drop_both=0.3)
     condition = method._condition(policy, big, None, a_context())
-    null = policy.texts([""])[0]
+    null = policy.texts([""])["encoder_hidden_states"][0]
     deaf = (condition.tensors["encoder_hidden_states"] == null).flatten(1).all(1)
     blind = (condition.tensors["source"] == 0).flatten(1).all(1)
     for share, wanted in ((deaf & ~blind, 0.1), (blind & ~deaf, 0.2), (blind & deaf, 0.3)):
