@@ -15,6 +15,7 @@ from diffalign import registry
 from diffalign.errors import InputError, nearest
 from diffalign.settings import Settings
 
+OPTIONS = ("image_guidance_scale", "true_cfg_scale", "max_sequence_length")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -103,6 +104,11 @@ def load_pipeline(source: str, revision: str | None = None) -> Any:
         raise InputError(f"The model in {where} does not load: {reason} Fetch or save it again.") from error
 
 
+def network_of(pipe: Any) -> str:
+    """The name under which a pipeline holds its denoising network."""
+    return "transformer" if "transformer" in pipe.components else "unet"
+
+
 def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any:
     """The policy of the settings, on its device; with `train`, its LoRA attached or its weights set free.
 
@@ -114,8 +120,6 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
         raise InputError("fp16 needs a GPU: on a CPU use --precision fp32 (or bf16).")
     pipe = load_pipeline(settings.pipeline, settings.revision) if pipe is None else pipe
     adapter = adapter_of(type(pipe).__name__)
-    edits = "image_guidance_scale" in inspect.signature(adapter.of).parameters
-    own = {"image_guidance_scale": settings.image_guidance_scale} if edits else {}
     policy = adapter.of(
         pipe,
         guidance_scale=settings.guidance_scale,
@@ -124,11 +128,23 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
         width=settings.width,
         precision="fp32" if settings.full else settings.precision,
         device=device,
-        **own,
+        **_own_options(adapter, settings, type(pipe).__name__),
     )
     if settings.full:
         policy.dtype = DTYPES[settings.precision]
     return prepare_to_train(policy, settings) if train else policy
+
+
+def _own_options(adapter: Any, settings: Settings, name: str) -> dict[str, Any]:
+    """The settings that not every adapter takes; raises InputError for one that was given and that this one does not take.
+
+    `image_guidance_scale` has a value always, and is left out where there is no picture to be guided towards.
+    """
+    taken = inspect.signature(adapter.of).parameters
+    for option in OPTIONS[1:]:
+        if option not in taken and vars(settings)[option] != vars(Settings())[option]:
+            raise InputError(f"{option}: the adapter of {name} takes none. Drop it.")
+    return {option: vars(settings)[option] for option in OPTIONS if option in taken}
 
 
 def prepare_to_train(policy: Any, settings: Settings) -> Any:

@@ -66,6 +66,8 @@ PIPELINES = {
         "diffalign.pipelines.instruct_pix2pix:InstructPix2Pix", "InstructPix2Pix: edits a picture as told.", "image"
     ),
     "StableDiffusionPipeline": Entry("diffalign.pipelines.stable_diffusion:StableDiffusion", "Stable Diffusion 1.x and 2.x.", "image"),
+    "StableDiffusion3Pipeline": Entry("diffalign.pipelines.sd3:StableDiffusion3", "Stable Diffusion 3 and 3.5.", "image"),
+    "FluxPipeline": Entry("diffalign.pipelines.flux:Flux", "FLUX.1, text to image.", "image"),
 }
 MODELS = {name: Path(__file__).parent / "assets" / name for name in ("shapes", "shapes-edit")}
 TABLES: dict[Kind, dict[str, Entry]] = {"methods": METHODS, "rewards": REWARDS, "pipelines": PIPELINES}
