@@ -25,7 +25,7 @@ from diffalign.errors import InputError
 from diffalign.models import make_policy
 from diffalign.ranks import Drawn, Outcome, Ranked, claim, count, ledger, rewrite, write
 from diffalign.run import Run
-from diffalign.sampling import ddim, rollout
+from diffalign.sampling import noisy, rollout
 from diffalign.settings import LIVE, Settings
 from diffalign.trajectories import Stored
 from diffalign.types import Policy, Prompts, Taken
@@ -246,7 +246,8 @@ def _sample(policy: Policy, reward: CheckedReward, texts: Prompts, making: Makin
     seeds = [int(digest(f"{making.seed} {n}")[:15], 16) for n in numbers]
     noise = torch.cat([policy.prior(condition[i : i + 1], torch.Generator().manual_seed(seed)) for i, seed in enumerate(seeds)])
     eta, rng = float(making.trajectories), torch.Generator().manual_seed(seeds[0])
-    taken = rollout(policy, condition, steps=making.sample_steps, kernel=ddim(eta), random_steps=making.random_steps, start=noise, rng=rng)
+    kernel = noisy(policy.path, eta)
+    taken = rollout(policy, condition, steps=making.sample_steps, kernel=kernel, random_steps=making.random_steps, start=noise, rng=rng)
     pictures = (policy.decode(taken.final).clamp(0, 1) * 255).round() / 255
     stored: list[Stored | None] = [None] * len(numbers)
     if making.trajectories:
