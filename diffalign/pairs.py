@@ -57,6 +57,10 @@ class Making:
     """Samples of one forward."""
     guidance_scale: float = 7.5
     """Classifier-free guidance; 1 for none."""
+    true_cfg_scale: float = 1.0
+    """Classifier-free guidance of models that are told guidance_scale (FLUX); 1 for none."""
+    max_sequence_length: int | None = None
+    """Tokens of the T5 text encoder of Stable Diffusion 3 and FLUX; by default the pipeline's own."""
     negative_prompt: str = ""
     """Prompt of the unconditional branch."""
     height: int | None = None
@@ -213,7 +217,8 @@ def _texts(prompts: Sequence[Prompt]) -> list[str]:
 
 
 def _policy(making: Making, live: Any) -> Policy:
-    names = ("pipeline", "revision", "guidance_scale", "negative_prompt", "height", "width", "precision", "device")
+    names = ("pipeline", "revision", "guidance_scale", "true_cfg_scale", "max_sequence_length", "negative_prompt")
+    names += ("height", "width", "precision", "device")
     pipe = Run.open(making.pipeline).pipeline if live is None and _is_run(making.pipeline) else live
     return make_policy(Settings(**{name: vars(making)[name] for name in names}), pipe, train=False)
 

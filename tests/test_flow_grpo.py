@@ -88,6 +88,7 @@ def test_the_ratio_of_the_first_pass_is_1_to_the_last_bit_on_a_pipeline(make: st
             w.data.add_(0.1 * torch.randn(w.shape, generator=rng))
     prompts = Prompts(("a red fox", "two cats"))
 
+    @diffalign.reward(differentiable=False)
     def brightness(images: Tensor, _: Prompts) -> Tensor:
         return images.mean((1, 2, 3))
 

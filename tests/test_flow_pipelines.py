@@ -225,6 +225,20 @@ def test_a_replayed_step_has_the_same_log_probability(make: Any, a: float):
         assert log_prob.requires_grad
 
 
+def test_a_pipeline_with_gradient_checkpointing_has_the_same_gradient(make: Any):
+    """What FLUX needs on one GPU: the network's own, switched on by its owner."""
+    gradients = list[tuple[Tensor, ...]]()
+    for saving in (False, True):
+        pipe = make()
+        if saving:
+            pipe.transformer.enable_gradient_checkpointing()
+        policy = a_policy(pipe, LoRA(rank=2))
+        perturb(policy)
+        gradients.append(torch.autograd.grad(run(policy, grad_steps=1).final.sum(), trainable(policy)))
+    for plain, saved in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, saved)
+
+
 def test_a_new_lora_is_on_every_attention_of_both_streams(make: Any):
     policy = a_policy(make(), LoRA(rank=2))
     assert isinstance(a_policy(make()), Policy)
@@ -451,3 +465,19 @@ def test_a_run_from_a_folder_samples_and_loads_again(make: Any, tmp_path: Path):
     files = loaded.sample(["a red fox"], steps=2)
     assert all(file.is_file() for file in files)
     assert loaded.policy.frozen is not None
+
+
+def test_d3po_learns_from_trajectories_that_were_stored(make: Any, tmp_path: Path, run_cli: Any):
+    """Made on the flow's SDE, and replayed on it: the levels and their noise are those of the file."""
+    make().save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("a red fox\ntwo cats\na cow")
+    same = ["--pipeline", "model", "--height", 16, "--width", 16, "--max-sequence-length", 8, "--guidance-scale", 2]
+    making = ["--reward", "jpeg-compressibility", "--prompts", "prompts.txt", "--pairs", 4, "--batch-size", 4, "--sample-steps", 4]
+    outcome = run_cli("pairs", *same, *making, "--trajectories", "--output", "pairs")
+    assert outcome.status == 0, outcome.err
+    small = ["--steps", 1, "--batch-size", 2, "--method.batches", 1, "--method.updates", 1, "--eval-size", 0, "--lora.rank", 2]
+    outcome = run_cli("train", "--method", "d3po", *same, *small, "--data", "pairs", "--sample-steps", 2, "--output", "run")
+    assert outcome.status == 0, outcome.err
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert row["loss"] == pytest.approx(0.6931, abs=1e-3), "ln 2: the policy is still its base, whose log-probabilities repeat"
+    assert row["grad_norm"] > 0
