@@ -199,7 +199,7 @@ class TransformerPolicy:
         """Text embeddings (B, length, width) and pooled ones (B, width), from the cache where they are known."""
         tensors = self.texts(prompts.text)
         if self.guidance_scale <= 1:
-            return Condition(tensors)
+            return Condition(tensors, guidance_scale=self.told or 1.0)  # stored trajectories record it
         row = self.texts([self.negative_prompt])
         null = {name: row[name].expand_as(value) for name, value in tensors.items()}
         return Condition(tensors, null, self.guidance_scale)

@@ -481,3 +481,6 @@ def test_d3po_learns_from_trajectories_that_were_stored(make: Any, tmp_path: Pat
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert row["loss"] == pytest.approx(0.6931, abs=1e-3), "ln 2: the policy is still its base, whose log-probabilities repeat"
     assert row["grad_norm"] > 0
+    outcome = run_cli("train", "--method", "d3po", *same[:-1], 3, *small, "--data", "pairs", "--output", "other")
+    assert outcome.status == 2
+    assert "sampled with guidance 2, and the training has 3: --guidance-scale 2" in outcome.err
