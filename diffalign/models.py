@@ -15,7 +15,15 @@ from diffalign import registry
 from diffalign.errors import InputError, nearest
 from diffalign.settings import Settings
 
-OPTIONS = ("image_guidance_scale", "original_size", "crops_coords_top_left", "target_size", "vae_precision")
+OPTIONS = (
+    "image_guidance_scale",
+    "true_cfg_scale",
+    "max_sequence_length",
+    "original_size",
+    "crops_coords_top_left",
+    "target_size",
+    "vae_precision",
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -103,6 +111,11 @@ def load_pipeline(source: str, revision: str | None = None) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"The model in {where} does not load: {reason} Fetch or save it again.") from error
+
+
+def network_of(pipe: Any) -> str:
+    """The name under which a pipeline holds its denoising network."""
+    return "transformer" if "transformer" in pipe.components else "unet"
 
 
 def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any:
