@@ -247,7 +247,7 @@ def test_a_new_lora_is_on_every_attention_of_both_streams(make: Any):
     assert names == {name for name, _ in policy.module.named_parameters() if "lora_" in name}
     layers = {name.split(".lora_")[0].split(".attn.")[-1] for name in names}
     assert layers == {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
-    encoders = [getattr(policy.pipe, name) for name in ("vae", *policy.family.encoders)]
+    encoders = [getattr(policy.pipe, name) for name in ("vae", *policy.encoders)]
     assert not any(p.requires_grad for module in encoders for p in module.parameters())
 
 
@@ -334,9 +334,13 @@ def test_bf16_gives_gradients_to_fp32_weights_and_is_released(make: Any):
         assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradient)
         slopes.append(torch.cat([g.flatten() for g in gradient]))
     assert torch.cosine_similarity(*slopes, dim=0) > 0.9
-    policy.pipe.vae.float()
     policy.release()
-    assert {m.dtype for m in policy.pipe.components.values() if isinstance(m, torch.nn.Module)} == {torch.bfloat16}
+    assert {m.dtype for m in policy.pipe.components.values() if isinstance(m, torch.nn.Module)} == {torch.float32}, "as it came"
+    half = a_policy(make().to(torch.bfloat16), precision="bf16", lora=LoRA(rank=2))
+    assert half.pipe.vae.dtype == torch.float32
+    half.release()
+    assert {m.dtype for m in half.pipe.components.values() if isinstance(m, torch.nn.Module)} == {torch.bfloat16}
+    assert own_pictures(half, latents=None, output_type="latent").isfinite().all(), "it can be called"
     assert own_pictures(policy, latents=None, output_type="latent").isfinite().all(), "it can be called"
 
 
