@@ -14,19 +14,23 @@ from diffalign.noise import RectifiedFlow, path_of
 from diffalign.pipelines.common import PRECISIONS, TextCache, check_size, freeze, notes_of, vae_dtype
 from diffalign.pipelines.latent import LatentPolicy, Named
 
-NAMES = ("encoder_hidden_states", "pooled_projections")
-ATTENTION = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
-ATTENTION += ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]  # of the text's stream
+ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+TEXT_ATTENTION = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")  # where the text has a stream of its own
+
+
+def _own_size(pipe: Any) -> int:
+    return pipe.default_sample_size * pipe.vae_scale_factor
 
 
 @dataclass(frozen=True)
 class TransformerFamily:
     """One family of pipelines; `of` makes a policy of a live one. An adapter is a value of this class.
 
-    `encode(pipe, texts, tokens, device)` gives embeddings (n, length, width) and pooled ones (n, width), with `tokens` of T5, by default
+    `encode(pipe, texts, tokens, device)` gives one tensor (n, ...) for each of `names`, with `tokens` of the longest encoder, by default
     as in the pipeline's own call. `encoders` are the text encoders with their tokenizers, `spare` those that may be absent.
     `call(pipe, x_t, t, tensors, told)` is the network's velocity, x_t and the result being (B, C, h, w) and t (B,) diffusers' timesteps.
-    `multiple(pipe)` is what a picture's sides are multiples of. `check(pipe, height, width)` raises InputError for what does not fit.
+    `size(pipe)` is the side of its own pictures, `multiple(pipe)` what sides are multiples of. `check(pipe, height, width)` raises
+    InputError for what does not fit.
     `distilled`: guidance_scale is told to the network, where it takes one, and classifier-free guidance is true_cfg_scale.
     """
 
@@ -36,6 +40,9 @@ class TransformerFamily:
     tokens: int
     multiple: Callable[[Any], int]
     check: Callable[[Any, int, int], None]
+    names: tuple[str, ...] = ("encoder_hidden_states", "pooled_projections")
+    size: Callable[[Any], int] = _own_size
+    lora_targets: tuple[str, ...] = ATTENTION + TEXT_ATTENTION
     spare: tuple[str, ...] = ()
     spacing: Literal["scheduler", "linear"] = "scheduler"
     distilled: bool = False
@@ -67,7 +74,7 @@ class TransformerFamily:
         tokens = self.tokens if max_sequence_length is None else max_sequence_length
         if not 1 <= tokens <= 512:
             raise InputError(f"max_sequence_length is {tokens}: give 1 to 512.")
-        multiple, own = self.multiple(pipe), pipe.default_sample_size * pipe.vae_scale_factor
+        multiple, own = self.multiple(pipe), self.size(pipe)
         height, width = int(own if height is None else height), int(own if width is None else width)
         check_size(height, width, multiple)
         self.check(pipe, height, width)
@@ -86,10 +93,10 @@ class TransformerFamily:
         return LatentPolicy(
             pipe=pipe,
             component="transformer",
-            lora_targets=ATTENTION,
+            lora_targets=list(self.lora_targets),
             network=lambda x_t, t, tensors: self.call(pipe, x_t, t, tensors, told),
             path=path,
-            texts=TextCache(encode, device, NAMES, capacity=256),  # 512 tokens of T5-XXL are 8 MB a text
+            texts=TextCache(encode, device, self.names, capacity=256),  # 512 tokens of T5-XXL are 8 MB a text
             encoders=self.encoders,
             guidance_scale=true_cfg_scale if self.distilled else guidance_scale,
             told=told,
