@@ -114,11 +114,13 @@ class VariancePreserving:
 class RectifiedFlow:
     """Flow matching, `x_t = (1 - sigma) x_0 + sigma noise`; the network predicts the velocity `noise - x_0`.
 
-    `scheduler` is a `FlowMatchEulerDiscreteScheduler`; `mu` its shift where that depends on the resolution (FLUX).
+    `scheduler` is a `FlowMatchEulerDiscreteScheduler`; `mu` its shift where that depends on the resolution. `spacing` is of the sigmas
+    before the shift: the scheduler's own, or `linear`, 1 to 1 / T, which is what FLUX's pipeline gives its scheduler.
     """
 
     scheduler: Any
     mu: float | None = None
+    spacing: Literal["scheduler", "linear"] = "scheduler"
 
     def level(self, sigma: Tensor) -> Level:
         sigma = sigma.double()
@@ -128,7 +130,8 @@ class RectifiedFlow:
         """The T transitions of diffusers' Euler steps, from noise to sigma 0."""
         if steps < 1:
             raise InputError(f"{steps} denoising steps: give at least 1.")
-        self.scheduler.set_timesteps(steps, device="cpu", mu=self.mu)
+        sigmas = None if self.spacing == "scheduler" else torch.linspace(1, 1 / steps, steps, dtype=torch.float64).numpy()
+        self.scheduler.set_timesteps(steps, device="cpu", sigmas=sigmas, mu=self.mu)
         return Schedule(self.level(self.scheduler.sigmas[:-1]), self.level(self.scheduler.sigmas[1:]))
 
     def draw(self, n: int, rng: Generator | None = None) -> Level:

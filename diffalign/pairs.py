@@ -25,7 +25,7 @@ from diffalign.errors import InputError
 from diffalign.models import make_policy
 from diffalign.ranks import Drawn, Outcome, Ranked, claim, count, ledger, rewrite, write
 from diffalign.run import Run
-from diffalign.sampling import ddim, rollout
+from diffalign.sampling import noisy, rollout
 from diffalign.settings import LIVE, Settings
 from diffalign.trajectories import Stored
 from diffalign.types import Policy, Prompts, Taken
@@ -57,6 +57,10 @@ class Making:
     """Samples of one forward."""
     guidance_scale: float = 7.5
     """Classifier-free guidance; 1 for none."""
+    true_cfg_scale: float = 1.0
+    """Classifier-free guidance of models that are told guidance_scale (FLUX); 1 for none."""
+    max_sequence_length: int | None = None
+    """Tokens of the long text encoder of Stable Diffusion 3, FLUX and Z-Image; by default the pipeline's own."""
     negative_prompt: str | None = None
     """Prompt of the unconditional branch; by default the pipeline's own: the empty one, or none at all for SDXL."""
     height: int | None = None
@@ -215,7 +219,8 @@ def _texts(prompts: Sequence[Prompt]) -> list[str]:
 
 
 def _policy(making: Making, live: Any) -> Policy:
-    names = ("pipeline", "revision", "guidance_scale", "negative_prompt", "height", "width", "precision", "device")
+    names = ("pipeline", "revision", "guidance_scale", "true_cfg_scale", "max_sequence_length", "negative_prompt")
+    names += ("height", "width", "precision", "device")
     pipe = Run.open(making.pipeline).pipeline if live is None and _is_run(making.pipeline) else live
     return make_policy(Settings(**{name: vars(making)[name] for name in names}), pipe, train=False)
 
@@ -247,7 +252,8 @@ def _sample(policy: Policy, reward: CheckedReward, texts: Prompts, making: Makin
     condition = policy.encode(texts)
     noise = torch.cat([policy.prior(condition[i : i + 1], _generator(making, str(n))) for i, n in enumerate(numbers)])
     eta, rng = float(making.trajectories), _generator(making, f"steps {numbers[0]}")  # its own: no noise may be used twice
-    taken = rollout(policy, condition, steps=making.sample_steps, kernel=ddim(eta), random_steps=making.random_steps, start=noise, rng=rng)
+    kernel = noisy(policy.path, eta)
+    taken = rollout(policy, condition, steps=making.sample_steps, kernel=kernel, random_steps=making.random_steps, start=noise, rng=rng)
     pictures = (policy.decode(taken.final).clamp(0, 1) * 255).round() / 255
     stored: list[Stored | None] = [None] * len(numbers)
     if making.trajectories:

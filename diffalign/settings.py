@@ -37,6 +37,10 @@ class Settings:
     """Classifier-free guidance, in sampling and in training; 1 for none."""
     image_guidance_scale: float = 1.5
     """Guidance towards the picture that an editing pipeline edits; takes part where guidance_scale is above 1."""
+    true_cfg_scale: float = 1.0
+    """Classifier-free guidance of models that are told guidance_scale (FLUX), with negative_prompt; 1 for none."""
+    max_sequence_length: int | None = None
+    """Tokens of the long text encoder of Stable Diffusion 3, FLUX and Z-Image; by default the pipeline's own."""
     negative_prompt: str | None = None
     """Prompt of the unconditional branch; by default the pipeline's own: the empty one, or none at all for SDXL."""
     height: int | None = None
@@ -99,15 +103,16 @@ class Settings:
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < vars(self)[name] < float("inf"):
                 raise InputError(f"{name} is {vars(self)[name]}: give a number above 0.")
-        for name in ("sample_every", "sample_steps", "data_limit", "height", "width"):
+        for name in ("sample_every", "sample_steps", "data_limit", "height", "width", "max_sequence_length"):
             if vars(self)[name] is not None and not vars(self)[name] >= 1:
                 raise InputError(f"{name} is {vars(self)[name]}: give 1 or more.")
         if self.ema is not None and not 0 < self.ema < 1:
             raise InputError(f"ema is {self.ema}: give a decay between 0 and 1, such as 0.99.")
         if not 0 <= self.guidance_scale < float("inf"):
             raise InputError(f"guidance_scale is {self.guidance_scale}: give 1 (none) or more.")
-        if not 1 <= self.image_guidance_scale < float("inf"):
-            raise InputError(f"image_guidance_scale is {self.image_guidance_scale}: give 1 (none) or more.")
+        for name in ("image_guidance_scale", "true_cfg_scale"):
+            if not 1 <= vars(self)[name] < float("inf"):
+                raise InputError(f"{name} is {vars(self)[name]}: give 1 (none) or more.")
         for name, least in {"original_size": 1, "crops_coords_top_left": 0, "target_size": 1}.items():
             pair = vars(self)[name]
             if pair is not None and (len(pair) != 2 or not all(n >= least for n in pair)):

@@ -64,7 +64,8 @@ def snapshot(repo: str, revision: str, local: Path | None, flag: str, patterns: 
     except Exception as error:
         raise InputError(
             f"{repo} could not be fetched ({type(error).__name__}). Check the name, the revision and your login for a gated model "
-            f"(hf auth login). Where there is no network, download it elsewhere (hf download {repo} --local-dir FOLDER) and name it: --reward.{flag} FOLDER."
+            f"(hf auth login). Where there is no network, download it elsewhere (hf download {repo} --local-dir FOLDER) "
+            f"and name it: --reward.{flag} FOLDER."
         ) from error
     for file in folder.iterdir():
         check_sha256(file, hub_sha256(file))
