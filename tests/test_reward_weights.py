@@ -43,7 +43,7 @@ def test_what_is_read(tmp_path: Path) -> None:
 def test_a_pickle_with_more_than_tensors_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": STATE, "hook": Dangerous()}, tmp_path / "bad.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Dangerous()))
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Dangerous(), protocol=2))
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
     for name in ("bad.pt", "plain.pt", "module.pt"):
         with pytest.raises(
