@@ -78,6 +78,17 @@ class Prompts:
             metadata=None if self.metadata is None else tuple(self.metadata[i] for i in at),
         )
 
+    @staticmethod
+    def join(parts: Sequence[Prompts]) -> Prompts:
+        """One batch of several, in their order. All have the same fields."""
+        first = parts[0]
+        return Prompts(
+            tuple(text for part in parts for text in part.text),
+            None if first.image is None else torch.cat([part.image for part in parts if part.image is not None]),
+            None if first.mask is None else torch.cat([part.mask for part in parts if part.mask is not None]),
+            None if first.metadata is None else tuple(m for part in parts for m in part.metadata or ()),
+        )
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -214,6 +225,9 @@ class Alone:
         return x
 
 
+ALONE = Alone()
+
+
 @dataclass
 class Context:
     """What a method may touch besides policy, reward and batch.
@@ -225,7 +239,7 @@ class Context:
     """
 
     rng: Generator
-    processes: Processes = Alone()
+    processes: Processes = ALONE
     more: Callable[[], Any] | None = None
     examples: Callable[[], Examples] | None = None
     memory: dict[str, Any] = field(default_factory=dict[str, Any])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from diffalign.types import Condition
+from diffalign.types import Condition, Processes
 
 
 class Value(nn.Module):
@@ -75,9 +75,12 @@ class Critic:
         """(B,) values, in the reward's own units."""
         return self.network(x, t, context) * self.std + self.mean
 
-    def fit(self, x: Tensor, t: Tensor, context: Tensor, target: Tensor, processes: Any) -> float:
-        """One step towards targets (B,), averaged over the processes; the mean squared error in units of the reward's variance."""
-        error = (self.network(x, t, context) - (target.float() - self.mean) / self.std).square().mean()
+    def fit(self, x: Tensor, t: Tensor, context: Tensor, target: Tensor, total: float, processes: Processes) -> float:
+        """One step towards targets (B,), averaged over the processes, which have `total` on average.
+
+        This process's part of the mean squared error, in units of the reward's variance.
+        """
+        error = (self.network(x, t, context) - (target.float() - self.mean) / self.std).square().sum() / total
         self.optimizer.zero_grad()
         error.backward()
         for p in self.network.parameters():
