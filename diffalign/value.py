@@ -76,9 +76,9 @@ class Critic:
         return self.network(x, t, context) * self.std + self.mean
 
     def fit(self, x: Tensor, t: Tensor, context: Tensor, target: Tensor, total: float, processes: Processes) -> float:
-        """One step towards targets (B,), averaged over the processes, which have `total` on average.
+        """One step towards targets (B,) of all processes, which have `total` on average.
 
-        This process's part of the mean squared error, in units of the reward's variance.
+        The mean squared error, in units of the reward's variance. Every process must call, with or without targets of its own.
         """
         error = (self.network(x, t, context) - (target.float() - self.mean) / self.std).square().sum() / total
         self.optimizer.zero_grad()
@@ -87,4 +87,4 @@ class Critic:
             assert p.grad is not None
             p.grad = processes.gather(p.grad[None]).mean(0)
         self.optimizer.step()
-        return float(error.detach())
+        return float(processes.gather(error.detach()[None]).mean())

@@ -92,7 +92,7 @@ class DPOK:
             # the gradient of `now.log_prob` has 1 / D already, as that of the KL in the loss: the reward takes the density's own ratio
             dimensions = round_.trajectory.final[0].numel()
             returns = returns - self.kl_weight / self.reward_weight * dimensions * ratio.sum(0)
-            about["kl"] = float(ratio.mean())
+            about["kl"] = float(context.processes.gather(ratio.mean()[None]).mean())
         values = self._fit(round_, returns, context, about) if self.baseline == "value" else torch.zeros_like(round_.trajectory.log_probs)
         every = torch.cartesian_prod(round_.steps, torch.arange(round_.total))
         for update in range(self.policy_steps):
