@@ -236,10 +236,10 @@ class Context:
     """What a method may touch besides policy, reward and batch.
 
     `rng` is the run's own generator, on the CPU, of the same state in every process: rows of a batch are drawn with `draw_noise` or
-    `diffalign.shards.draw_rows`, which give each process its own. `more` gives the next batch of the run's stream, for
-    methods that want several at once; `examples` the next one of the data of a method that trains on prompts and takes data besides. `memory` is named state that
-    lives through the training and is saved in checkpoints: tensors, numbers, strings, and lists and dicts of those. It must be the
-    same in every process.
+    `diffalign.shards.draw_rows`, which give each process its own. `more` gives the next batch of the run's stream, for methods that want
+    several at once; `examples` the next one of the data of a method that trains on prompts and takes data besides. `memory` is named
+    state that lives through the training and is saved in checkpoints: tensors, numbers, strings, and lists and dicts of those. It must
+    be the same in every process.
     """
 
     rng: Generator
