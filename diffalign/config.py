@@ -162,7 +162,7 @@ def build_parser(names: Names, prog: str = "diffalign train") -> ArgumentParser:
     reward, reward_fields = registry.find("rewards", names.reward) if names.reward else (None, {})
     for name, (kind, default, about) in parameters(reward).items():
         parser.add_argument(f"--reward.{name}", type=kind, default=default, help=about)
-    layered = _merge(dict(method.defaults), model_preset(names.pipeline, names.method))
+    layered = _merge(registry.defaults_of(names.method), model_preset(names.pipeline, names.method))
     layered = _merge(layered, {"method": {**layered.get("method", {}), **method_fields}})
     layered["reward"] = {"name": names.reward, **reward_fields}
     parser.set_defaults(flat(layered))

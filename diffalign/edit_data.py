@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from diffalign.console import say
+from diffalign.console import say, say_notes
 from diffalign.data import PicturePrompt, check_pictures, read_prompts, text_of
 from diffalign.errors import InputError
 from diffalign.evaluate import sample
@@ -32,6 +32,7 @@ def make_edits(settings: Settings, folder: Path, samples: int) -> Path:
     prompts = [prompt for prompt in read_prompts(settings.prompts) for _ in range(samples)]
     policy = make_policy(settings, train=False)
     check_pictures(prompts, policy)
+    say_notes(policy)
     chosen: dict[str, Any] = {"steps": settings.sample_steps or 50, "batch_size": settings.batch_size}
     (folder / "images").mkdir(parents=True, exist_ok=True)
     draft = folder / "edits.jsonl.draft"  # renamed at the end: a folder that was stopped is no data

@@ -16,7 +16,7 @@ from diffalign.contract import CheckedReward
 from diffalign.data import PicturePrompt, Prompt, Source, batch_of, text_of
 from diffalign.media import fit, grid
 from diffalign.objectives.preference import denoising_margin, wins
-from diffalign.sampling import ddim, paired_errors, rollout, transition
+from diffalign.sampling import ddim, noisy, paired_errors, rollout, transition
 from diffalign.types import Condition, Policy
 
 
@@ -85,11 +85,19 @@ def evaluate(
 
 
 def sheet(rows: Sequence[tuple[str, Tensor]], prompts: Sequence[Prompt]) -> Image.Image:
-    """Rows of pictures under their prompts, as `media.grid` has them; above them the pictures that were edited, where there are some."""
+    """Rows of pictures under their prompts, as `media.grid` has them; above them the pictures that were edited, where there are some,
+    grey where they were masked."""
     height, width = rows[0][1].shape[-2:]
-    sources = [fit(prompt.open(), height, width) for prompt in prompts if isinstance(prompt, PicturePrompt)]
+    sources = [_source(prompt, height, width) for prompt in prompts if isinstance(prompt, PicturePrompt)]
     before = [("source", torch.stack(sources))] if sources else []
     return grid([*before, *rows], list(map(text_of, prompts)))
+
+
+def _source(prompt: PicturePrompt, height: int, width: int) -> Tensor:
+    picture, mask = prompt.open_both()
+    if mask is not None:
+        picture.paste("grey", mask=mask)
+    return fit(picture, height, width)
 
 
 @torch.no_grad()
@@ -113,11 +121,11 @@ def kl_to_base(
 ) -> float:
     """How far the policy has moved from its base model, in nats per latent dimension, summed over the steps of a sample.
 
-    The mean over prompts of `sum_t KL(pi_theta(x_s | x_t, c), pi_ref(x_s | x_t, c))` along ancestral (eta = 1) samples of the policy,
+    The mean over prompts of `sum_t KL(pi_theta(x_s | x_t, c), pi_ref(x_s | x_t, c))` along random (eta = 1) samples of the policy,
     one a prompt; each term a mean over the latent dimensions. A step of std 0 is no action and left out, and so are those after the first
     `random_steps`, which are deterministic then. `suffix` is added to the policy's prompts, and not to the base model's.
     """
-    rng, kernel, total = Generator().manual_seed(seed), ddim(1.0), 0.0
+    rng, kernel, total = Generator().manual_seed(seed), noisy(policy.path, 1.0), 0.0
     for i in range(0, len(prompts), batch_size):
         batch = batch_of(prompts[i : i + batch_size], policy)
         condition = policy.encode(replace(batch, text=tuple(text + suffix for text in batch.text)))

@@ -9,11 +9,10 @@ from diffalign import examples, registry
 from diffalign.config import Plan
 from diffalign.console import say
 from diffalign.contract import CheckedReward, as_reward, check_gradient, short_name
-from diffalign.data import Prompt, batch_of, hold_out, read_prompts
+from diffalign.data import Prompt, batch_of, hold_out, read_prompts, takes
 from diffalign.errors import InputError
 from diffalign.examples import ExampleSet
 from diffalign.settings import Settings
-from diffalign.types import EditingPolicy
 
 Data = tuple[ExampleSet, ExampleSet] | None  # training and held-out examples
 
@@ -24,15 +23,10 @@ def open_data(plan: Plan, policy: Any, accelerator: Any = None) -> Data:
     if settings.data is None or kind is None:
         return None
 
-    if isinstance(policy, EditingPolicy) != (kind == "edits"):
-        if kind == "edits":
-            raise InputError(
-                f"{plan.method_name} trains pipelines that edit pictures, and {settings.pipeline} is none: --pipeline shapes-edit, or an "
-                "InstructPix2Pix model."
-            )
+    if kind == "edits" and takes(policy) != ("image",):
         raise InputError(
-            f"{settings.pipeline} edits pictures, and the {kind} of --data come without pictures to edit. It is trained by hive on edits, "
-            "and by the methods on own samples with --prompts FILE.jsonl."
+            f"{plan.method_name} trains pipelines that edit pictures, and {settings.pipeline} is none: --pipeline shapes-edit, or an "
+            "InstructPix2Pix model."
         )
 
     def read() -> Data:

@@ -29,7 +29,8 @@ class Picture:
 class Row:
     """What a prompt got. `merits` order its pictures, higher is better, equal is a tie; of a single one, above 0 is liked.
 
-    None: nothing is said of them. `scores` are a reward's or a person's, where the data has some. `source` is what was edited.
+    None: nothing is said of them. `scores` are a reward's or a person's, where the data has some. `source` is what was edited, or filled
+    where `mask` is white.
     """
 
     where: str
@@ -38,6 +39,7 @@ class Row:
     merits: tuple[float, ...] | None = None
     scores: tuple[float, ...] | None = None
     source: Picture | None = None
+    mask: Picture | None = None
 
 
 SINGLE = "prompts with a single picture"
@@ -114,7 +116,7 @@ def _pair(record: Record) -> Row:
     scores = _scores(record, "chosen_score", "rejected_score")
     if scores is not None and scores[0] < scores[1]:
         raise _contradiction(record, f"chosen_score {scores[0]:g} is below rejected_score {scores[1]:g}")
-    return Row(record.where, _prompt(record), pictures, scores or (1.0, 0.0), scores)
+    return Row(record.where, _prompt(record), pictures, scores or (1.0, 0.0), scores, *_about(record))
 
 
 def _ranked(record: Record) -> Row:
@@ -122,11 +124,19 @@ def _ranked(record: Record) -> Row:
     names = _list(record, "images")
     pictures = tuple(_picture(record, "images", value) for value in names)
     if record.values.get("scores") is None:
-        return Row(record.where, _prompt(record), pictures, tuple(-float(i) for i in range(len(pictures))))
+        return Row(record.where, _prompt(record), pictures, tuple(-float(i) for i in range(len(pictures))), None, *_about(record))
     scores = _numbers(record, "scores", len(pictures))
     if any(after > before for before, after in itertools.pairwise(scores)):
         raise _contradiction(record, "images stand best first, and scores do not fall")
-    return Row(record.where, _prompt(record), pictures, scores, scores)
+    return Row(record.where, _prompt(record), pictures, scores, scores, *_about(record))
+
+
+def _about(record: Record) -> list[Picture | None]:
+    """The picture and the mask that the prompt of a row is about, under the keys that prompt files have: each may be missing."""
+    picture, mask = (None if record.values.get(key) is None else _picture(record, key) for key in ("image", "mask"))
+    if picture is None and mask is not None:
+        raise InputError(f"{record.where}: there is a mask, and no image that it is of.")
+    return [picture, mask]
 
 
 def _pick_a_pic(record: Record) -> Row:

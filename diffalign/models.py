@@ -15,6 +15,15 @@ from diffalign import registry
 from diffalign.errors import InputError, nearest
 from diffalign.settings import Settings
 
+OPTIONS = (
+    "image_guidance_scale",
+    "true_cfg_scale",
+    "max_sequence_length",
+    "original_size",
+    "crops_coords_top_left",
+    "target_size",
+    "vae_precision",
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -34,9 +43,10 @@ def adapter_of(class_name: str) -> Any:
     """The policy class for a diffusers pipeline class; raises InputError for one that has no adapter."""
     rows = registry.table("pipelines")
     if class_name not in rows:
+        why = registry.UNSUITED.get(class_name, nearest(class_name, rows))
         raise InputError(
-            f"{class_name} has no adapter. {nearest(class_name, rows)} Supported: {', '.join(sorted(rows))}. "
-            "An adapter is one file: see docs/design.md."
+            f"{class_name} has no adapter. {why} Supported: {', '.join(sorted(rows))}. "
+            "An adapter is one file: see 'A pipeline' in docs/design.md."
         )
     return registry.find("pipelines", class_name)[0]
 
@@ -85,8 +95,11 @@ def quiet() -> Iterator[None]:
             diffusers_logging.enable_progress_bar()
 
 
-def load_pipeline(source: str, revision: str | None = None) -> Any:
-    """A diffusers pipeline in fp32 from `shapes`, a folder or a Hub id; safetensors only. Raises InputError where it cannot."""
+def load_pipeline(source: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
+    """A diffusers pipeline from `shapes`, a folder or a Hub id; safetensors only. Raises InputError where it cannot.
+
+    Its VAE is in fp32, the rest in `dtype`.
+    """
     where, class_name = _index(source, revision)
     adapter_of(class_name)
     with quiet():
@@ -97,10 +110,15 @@ def load_pipeline(source: str, revision: str | None = None) -> Any:
         if registry.locate(source) is None:
             where = pipeline_class.download(source, revision=revision, use_safetensors=True)
         with quiet():
-            return pipeline_class.from_pretrained(where, dtype=torch.float32, use_safetensors=True)
+            return pipeline_class.from_pretrained(where, dtype={"default": dtype, "vae": torch.float32}, use_safetensors=True)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"The model in {where} does not load: {reason} Fetch or save it again.") from error
+
+
+def network_of(pipe: Any) -> str:
+    """The name under which a pipeline holds its denoising network."""
+    return "transformer" if "transformer" in pipe.components else "unet"
 
 
 def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any:
@@ -112,23 +130,36 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
     device = device_of(settings)
     if settings.precision == "fp16" and device.type == "cpu":
         raise InputError("fp16 needs a GPU: on a CPU use --precision fp32 (or bf16).")
-    pipe = load_pipeline(settings.pipeline, settings.revision) if pipe is None else pipe
+    if settings.vae_precision == "fp16" and device.type == "cpu":
+        raise InputError("vae_precision fp16 needs a GPU: on a CPU use --vae-precision fp32 (or bf16).")
+    precision = "fp32" if settings.full else settings.precision
+    pipe = load_pipeline(settings.pipeline, settings.revision, DTYPES[precision]) if pipe is None else pipe
     adapter = adapter_of(type(pipe).__name__)
-    edits = "image_guidance_scale" in inspect.signature(adapter.of).parameters
-    own = {"image_guidance_scale": settings.image_guidance_scale} if edits else {}
     policy = adapter.of(
         pipe,
         guidance_scale=settings.guidance_scale,
         negative_prompt=settings.negative_prompt,
         height=settings.height,
         width=settings.width,
-        precision="fp32" if settings.full else settings.precision,
+        precision=precision,
         device=device,
-        **own,
+        **_own_options(adapter, settings, type(pipe).__name__),
     )
     if settings.full:
         policy.dtype = DTYPES[settings.precision]
     return prepare_to_train(policy, settings) if train else policy
+
+
+def _own_options(adapter: Any, settings: Settings, name: str) -> dict[str, Any]:
+    """The settings that not every adapter takes; raises InputError for one that was given and that this one does not take.
+
+    `image_guidance_scale` has a value always, and is left out where there is no picture to be guided towards.
+    """
+    taken = inspect.signature(adapter.of).parameters
+    for option in OPTIONS[1:]:
+        if option not in taken and vars(settings)[option] != vars(Settings())[option]:
+            raise InputError(f"{option}: the adapter of {name} takes none. Drop it.")
+    return {option: vars(settings)[option] for option in OPTIONS if option in taken}
 
 
 def prepare_to_train(policy: Any, settings: Settings) -> Any:

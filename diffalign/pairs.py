@@ -18,14 +18,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from diffalign import registry
 from diffalign.cache import digest
 from diffalign.config import model_preset, name_of, parameters, parse
-from diffalign.console import console, say
+from diffalign.console import console, say, say_notes
 from diffalign.contract import CheckedReward, as_reward
 from diffalign.data import Prompt, check_prompts, read_prompts
 from diffalign.errors import InputError
 from diffalign.models import make_policy
 from diffalign.ranks import Drawn, Outcome, Ranked, claim, count, ledger, rewrite, write
 from diffalign.run import Run
-from diffalign.sampling import ddim, rollout
+from diffalign.sampling import noisy, rollout
 from diffalign.settings import LIVE, Settings
 from diffalign.trajectories import Stored
 from diffalign.types import Policy, Prompts, Taken
@@ -57,8 +57,12 @@ class Making:
     """Samples of one forward."""
     guidance_scale: float = 7.5
     """Classifier-free guidance; 1 for none."""
-    negative_prompt: str = ""
-    """Prompt of the unconditional branch."""
+    true_cfg_scale: float = 1.0
+    """Classifier-free guidance of models that are told guidance_scale (FLUX); 1 for none."""
+    max_sequence_length: int | None = None
+    """Tokens of the long text encoder of Stable Diffusion 3, FLUX and Z-Image; by default the pipeline's own."""
+    negative_prompt: str | None = None
+    """Prompt of the unconditional branch; by default the pipeline's own: the empty one, or none at all for SDXL."""
     height: int | None = None
     """Height of the pictures in pixels; by default the model's own."""
     width: int | None = None
@@ -183,6 +187,7 @@ def make(
     done = ledger(folder, settings)
     if _missing(making, done, prompts):
         policy = _policy(making, live)
+        say_notes(policy)
         if reward.modality != "image" or policy.modality != "image":
             raise InputError(f"{reward.name} judges {reward.modality}, and this pipeline makes {policy.modality}: pairs are of pictures.")
         with claim(folder, settings):
@@ -213,7 +218,8 @@ def _texts(prompts: Sequence[Prompt]) -> list[str]:
 
 
 def _policy(making: Making, live: Any) -> Policy:
-    names = ("pipeline", "revision", "guidance_scale", "negative_prompt", "height", "width", "precision", "device")
+    names = ("pipeline", "revision", "guidance_scale", "true_cfg_scale", "max_sequence_length", "negative_prompt")
+    names += ("height", "width", "precision", "device")
     pipe = Run.open(making.pipeline).pipeline if live is None and _is_run(making.pipeline) else live
     return make_policy(Settings(**{name: vars(making)[name] for name in names}), pipe, train=False)
 
@@ -245,7 +251,8 @@ def _sample(policy: Policy, reward: CheckedReward, texts: Prompts, making: Makin
     condition = policy.encode(texts)
     noise = torch.cat([policy.prior(condition[i : i + 1], _generator(making, str(n))) for i, n in enumerate(numbers)])
     eta, rng = float(making.trajectories), _generator(making, f"steps {numbers[0]}")  # its own: no noise may be used twice
-    taken = rollout(policy, condition, steps=making.sample_steps, kernel=ddim(eta), random_steps=making.random_steps, start=noise, rng=rng)
+    kernel = noisy(policy.path, eta)
+    taken = rollout(policy, condition, steps=making.sample_steps, kernel=kernel, random_steps=making.random_steps, start=noise, rng=rng)
     pictures = (policy.decode(taken.final).clamp(0, 1) * 255).round() / 255
     stored: list[Stored | None] = [None] * len(numbers)
     if making.trajectories:

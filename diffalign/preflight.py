@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from diffalign.config import Plan
 from diffalign.data import Prompt, Source, batch_of
 from diffalign.run import peak_memory_mb
-from diffalign.sampling import ddim, flow_sde, rollout, transition
+from diffalign.sampling import ddim, noisy, rollout, transition
 from diffalign.types import Context, Loss, Prompts
 
 
@@ -29,6 +29,7 @@ def preflight(plan: Plan, policy: Any, prompts: list[Prompt], examples: Source |
     """Yield the findings, cheap ones first. The policy's weights are the same afterwards. `examples` are of a method that takes data."""
     size = plan.settings.batch_size
     batch = batch_of((prompts * size)[:size], policy)
+    yield from (Finding("pipeline", None, note) for note in vars(policy).get("notes", ()))
     yield _batch_plan(plan, len(prompts))
     yield _deterministic_steps(_steps(plan), policy)
     yield _ratio(policy, batch)
@@ -68,13 +69,13 @@ def _steps(plan: Plan) -> int:
 
 def _deterministic_steps(steps: int, policy: Any) -> Finding:
     still = int((policy.path.schedule(steps).then.sigma == 0).sum())
-    text = f"{still} of {steps} steps end at sigma 0" + (": no action there under DDIM, and no log-probability" if still else "")
+    text = f"{still} of {steps} steps end at sigma 0" + (": no action there, and no log-probability" if still else "")
     return Finding("sigma = 0", None, text)
 
 
 def _ratio(policy: Any, batch: Prompts, steps: int = 4) -> Finding:
     """Replay a stochastic rollout: the new log-probabilities must equal the stored ones."""
-    kernel = ddim(1.0) if "scheduler" in vars(policy.path) and "alphas_cumprod" in vars(policy.path.scheduler) else flow_sde()
+    kernel = noisy(policy.path, 1.0)
     with torch.no_grad():
         trajectory = rollout(policy, policy.encode(batch), steps=steps, kernel=kernel, rng=Generator().manual_seed(0))
     worst = 0.0

@@ -19,15 +19,31 @@ Kind = Literal["methods", "rewards", "pipelines"]
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of a table: `target` is module:name, `preset` the fields that its name stands for, `extra` a pip extra it needs."""
+    """A row of a table: `target` is module:name, `preset` the fields that its name stands for, `extra` a pip extra it needs.
+
+    `settings` are of the loop, over the method's own `defaults`.
+    """
 
     target: str
     summary: str
     facts: str = ""
     preset: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     extra: str | None = None
     package: str | None = None
 
+
+# The public configurations of Stable Diffusion 3.5 (its rounds of 48 prompts x 24 samples, 2 updates) and FLUX, on DDPO's loop
+FLOW_GRPO = {
+    "inference_steps": 10, "eta": 0.7, "batches": 6, "samples": 24, "updates": 2, "advantage": "group_global", "kl_weight": 0.04,
+}  # fmt: skip
+FLOW_GRPO_FAST = {**FLOW_GRPO, "random_steps": 2, "window": "drawn", "eta": 0.8, "clip": 1e-5, "kl_weight": 0.0}
+FLOW_GRPO_SETTINGS = {"guidance_scale": 4.5, "sample_steps": 40, "lora": {"rank": 32, "alpha": 64}}
+DANCE_GRPO = {
+    "inference_steps": 16, "eta": 0.3, "noise": "constant", "same_noise": True, "batches": 2, "samples": 12, "updates": 2,
+    "advantage": "group", "fraction": 0.6,
+}  # fmt: skip
+DANCE_GRPO_SETTINGS = {"learning_rate": 1e-5, "max_grad_norm": 0.01, "guidance_scale": 3.5}
 
 METHODS = {
     "draft": Entry("diffalign.methods.draft:DRaFT", "Reward gradient through the last K sampling steps.", "differentiable reward"),
@@ -35,6 +51,23 @@ METHODS = {
         "diffalign.methods.draft:DRaFT", "DRaFT-1 averaged over re-noised copies of the sample.", "differentiable reward", {"n": 2}
     ),
     "ddpo": Entry("diffalign.methods.ddpo:DDPO", "Clipped policy gradient on the denoising steps.", "any reward"),
+    "flow-grpo": Entry(
+        "diffalign.methods.ddpo:DDPO",
+        "DDPO among groups of samples, with a KL, on a flow's SDE.",
+        "any reward",
+        FLOW_GRPO,
+        FLOW_GRPO_SETTINGS,
+    ),
+    "flow-grpo-fast": Entry(
+        "diffalign.methods.ddpo:DDPO", "The same on two random steps of a sample.", "any reward", FLOW_GRPO_FAST, FLOW_GRPO_SETTINGS
+    ),
+    "dance-grpo": Entry(
+        "diffalign.methods.ddpo:DDPO",
+        "Groups that start from one noise, on an SDE of constant noise.",
+        "any reward",
+        DANCE_GRPO,
+        DANCE_GRPO_SETTINGS,
+    ),
     "dpok": Entry("diffalign.methods.dpok:DPOK", "Policy gradient with a value baseline and a KL to the base model.", "any reward"),
     "prdp": Entry("diffalign.methods.prdp:PRDP", "Regression of log-ratios on reward differences, with proximal updates.", "any reward"),
     "d3po": Entry("diffalign.methods.d3po:D3PO", "Preferences between two samples, on every denoising step.", "any reward"),
@@ -62,10 +95,25 @@ REWARDS = {
     "jpeg-incompressibility": Entry("diffalign.rewards.jpeg:JPEGCompressibility", "The kB of a JPEG at quality 95.", "score", {"sign": 1}),
 }
 PIPELINES = {
+    "StableDiffusionPipeline": Entry("diffalign.pipelines.stable_diffusion:StableDiffusion", "Stable Diffusion 1.x and 2.x.", "image"),
+    "StableDiffusionXLPipeline": Entry("diffalign.pipelines.sdxl:StableDiffusionXL", "Stable Diffusion XL, the base model.", "image"),
     "StableDiffusionInstructPix2PixPipeline": Entry(
         "diffalign.pipelines.instruct_pix2pix:InstructPix2Pix", "InstructPix2Pix: edits a picture as told.", "image"
     ),
-    "StableDiffusionPipeline": Entry("diffalign.pipelines.stable_diffusion:StableDiffusion", "Stable Diffusion 1.x and 2.x.", "image"),
+    "StableDiffusionXLInstructPix2PixPipeline": Entry(
+        "diffalign.pipelines.instruct_pix2pix:InstructPix2PixXL", "InstructPix2Pix on SDXL.", "image"
+    ),
+    "StableDiffusionInpaintPipeline": Entry(
+        "diffalign.pipelines.inpaint:Inpaint", "Inpainting: fills what a mask leaves out (UNets with 9 channels).", "image"
+    ),
+    "StableDiffusionXLInpaintPipeline": Entry("diffalign.pipelines.inpaint:InpaintXL", "Inpainting on SDXL.", "image"),
+    "StableDiffusion3Pipeline": Entry("diffalign.pipelines.sd3:StableDiffusion3", "Stable Diffusion 3 and 3.5.", "image"),
+    "FluxPipeline": Entry("diffalign.pipelines.flux:Flux", "FLUX.1, text to image.", "image"),
+    "ZImagePipeline": Entry("diffalign.pipelines.z_image:ZImage", "Z-Image and Z-Image-Turbo.", "image"),
+}
+UNSUITED = {
+    "StableDiffusionXLImg2ImgPipeline": "SDXL's refiner works on pictures of the base model: align that one (StableDiffusionXLPipeline), "
+    "and refine its pictures as before.",
 }
 MODELS = {name: Path(__file__).parent / "assets" / name for name in ("shapes", "shapes-edit")}
 TABLES: dict[Kind, dict[str, Entry]] = {"methods": METHODS, "rewards": REWARDS, "pipelines": PIPELINES}
@@ -116,6 +164,12 @@ def find(kind: Kind, name: str) -> tuple[Any, dict[str, Any]]:
         raise InputError(f"The {kind[:-1]} '{name}' needs a package that is not installed: pip install 'diffalign[{entry.extra}]'")
     module, _, attribute = entry.target.partition(":")
     return getattr(importlib.import_module(module), attribute), dict(entry.preset)
+
+
+def defaults_of(method: str) -> dict[str, Any]:
+    """The settings of the loop that come with a method: its class's, and over them its row's."""
+    settings = {} if ".py:" in method else table("methods")[method].settings
+    return {**find("methods", method)[0].defaults, **settings}
 
 
 @functools.cache

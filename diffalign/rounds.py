@@ -113,18 +113,21 @@ def sample_round(
     samples: int,
     steps: int,
     kernel: Kernel,
-    random_steps: int | None = None,
+    random_steps: int | range | None = None,
+    same_noise: bool = False,
     keep: Literal["trajectory", "final"] = "trajectory",
 ) -> Round:
     """`samples` rollouts of each of `batches` batches of prompts (the first of them `batch`), and their scores.
 
-    Rows are ordered by batch, then by sample, then by prompt. With `keep` final only x_0 stays of the states.
+    Rows are ordered by batch, then by sample, then by prompt. With `same_noise` the samples of a prompt start from one x_T. With `keep`
+    final only x_0 stays of the states.
     """
     parts: list[tuple[Trajectory, Prompts, Tensor]] = []
     for prompts in context.batches(batch, batches):
         condition = policy.encode(prompts)
+        start = policy.prior(condition, context.rng) if same_noise else None
         for _ in range(samples):
-            trajectory = rollout(policy, condition, steps=steps, kernel=kernel, random_steps=random_steps, rng=context.rng)
+            trajectory = rollout(policy, condition, steps=steps, kernel=kernel, random_steps=random_steps, start=start, rng=context.rng)
             if keep == "final":
                 trajectory = replace(trajectory, states=trajectory.states[-1:].clone())
             parts.append((trajectory, prompts, reward(policy.decode(trajectory.final), prompts)))

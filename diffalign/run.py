@@ -24,7 +24,7 @@ from diffalign.data import Prompt, read_file, text_of, write_file
 from diffalign.errors import InputError
 from diffalign.evaluate import sample, sheet
 from diffalign.media import to_pil
-from diffalign.models import load_pipeline, make_policy
+from diffalign.models import load_pipeline, make_policy, network_of
 from diffalign.settings import LIVE
 
 PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "pillow")
@@ -118,7 +118,8 @@ class Run:
         weights = self._weights("model" if full else "lora")
         try:
             if full:
-                pipe.unet = type(pipe.unet).from_pretrained(weights, use_safetensors=True)
+                network = network_of(pipe)
+                setattr(pipe, network, type(getattr(pipe, network)).from_pretrained(weights, use_safetensors=True))
             else:
                 pipe.load_lora_weights(str(weights), adapter_name="default")
         except Exception as error:
@@ -139,7 +140,8 @@ class Run:
         if settings.full:
             if self.live is not None:
                 raise InputError(f"{self.path} trained all weights of a live object: its base model is not known here. Use run.pipeline.")
-            policy.frozen = load_pipeline(self._source(), settings.revision).unet.to(policy.module.device)
+            base = load_pipeline(self._source(), settings.revision)
+            policy.frozen = getattr(base, network_of(base)).to(policy.module.device)
         return policy
 
     def sample(

@@ -15,12 +15,13 @@ from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from diffalign.errors import InputError
-from diffalign.noise import diffuse, draw_noise, spread
+from diffalign.noise import RectifiedFlow, diffuse, draw_noise, spread
 from diffalign.objectives.policy_gradient import gaussian_kl
 from diffalign.shards import draw_rows
-from diffalign.types import Condition, Examples, Level, Policy, Prompts, Schedule, Trajectory
+from diffalign.types import Condition, Examples, Level, NoisePath, Policy, Prompts, Schedule, Trajectory
 
 Reduce = Literal["mean", "sum"]
+SDENoise = Literal["rising", "constant"]
 
 
 @dataclass(frozen=True)
@@ -95,25 +96,36 @@ def ddim(eta: float = 0.0) -> Kernel:
     return kernel
 
 
-def flow_sde(a: float = 0.7) -> Kernel:
+def flow_sde(a: float = 0.7, *, noise: SDENoise = "rising", last: bool = True) -> Kernel:
     """The SDE of Flow-GRPO (arXiv 2505.05470, eq. 9) on a rectified flow; a = 0 is the Euler step of the ODE.
 
-    `x_s = x_t + [v + sigma^2 / (2 t) (x_t + (1 - t) v)] dt + sigma sqrt(-dt) z`, `sigma = a sqrt(t / (1 - t))`. With
-    `x_t + (1 - t) v = noise` the mean is `(1 - s) x_0 + (s + a^2 dt / (2 (1 - t))) noise`. At t = 1, `1 - t` is taken at s, as in the
-    authors' code.
+    `x_s = x_t + [v + sigma^2 / (2 t) (x_t + (1 - t) v)] dt + sigma sqrt(-dt) z`. `rising`: `sigma = a sqrt(t / (1 - t))`, and at t = 1,
+    `1 - t` is taken at s, as in the authors' code. `constant`: `sigma = a` (DanceGRPO, arXiv 2505.07818). With `x_t + (1 - t) v = noise`
+    the mean is `(1 - s) x_0 + (s + sigma^2 dt / (2 t)) noise`. Without `last` the step to s = 0 is the ODE's.
     """
-    if a < 0:
+    if not a >= 0:
         raise InputError(f"a is {a}: give 0 (the ODE) or more.")
 
-    def kernel(x_0: Tensor, noise: Tensor, now: Level, then: Level) -> Gaussian:
+    def kernel(x_0: Tensor, noise_t: Tensor, now: Level, then: Level) -> Gaussian:
         if any(((level.alpha + level.sigma - 1).abs() > 1e-6).any() for level in (now, then)):
             raise InputError("flow_sde steps along a rectified flow (alpha + sigma = 1), and this is a diffusion path: use ddim(eta).")
         t, dt = now.sigma, then.sigma - now.sigma
         rest = torch.where(t >= 1, then.alpha, now.alpha)
-        toward_noise = then.sigma + a**2 * dt / (2 * rest)
-        return Gaussian(spread(then.alpha, x_0) * x_0 + spread(toward_noise, x_0) * noise, a * (t / rest * -dt).sqrt())
+        variance = a**2 * (t / rest if noise == "rising" else torch.ones_like(t))
+        if not last:
+            variance = torch.where(then.sigma > 0, variance, 0)
+        toward_noise = then.sigma + variance * dt / (2 * t)
+        return Gaussian(spread(then.alpha, x_0) * x_0 + spread(toward_noise, x_0) * noise_t, (variance * -dt).sqrt())
 
     return kernel
+
+
+def noisy(path: NoisePath, eta: float, noise: SDENoise = "rising") -> Kernel:
+    """The steps of a policy gradient on `path`: `ddim(eta)` on diffusion, Flow-GRPO's SDE with a = eta on a rectified flow.
+
+    On both 0 is the deterministic step, and the step to sigma 0 is always that: it is no action. `noise` is of the SDE.
+    """
+    return flow_sde(eta, noise=noise, last=False) if isinstance(path, RectifiedFlow) else ddim(eta)
 
 
 def transition(policy: Policy, x_t: Tensor, now: Level, then: Level, condition: Condition, kernel: Kernel) -> Gaussian:
@@ -128,7 +140,7 @@ def rollout(
     *,
     steps: int,
     kernel: Kernel,
-    random_steps: int | None = None,
+    random_steps: int | range | None = None,
     grad_steps: int = 0,
     until: int | None = None,
     start: Tensor | None = None,
@@ -137,7 +149,8 @@ def rollout(
 ) -> Trajectory:
     """Sample from noise to x_0, with a graph through the last `grad_steps` steps and none before.
 
-    After the first `random_steps` the steps are deterministic, `ddim(0)`, whatever the kernel (MixGRPO, arXiv 2507.21802).
+    Outside the first `random_steps`, or outside that range of steps, they are deterministic, `ddim(0)`, whatever the kernel (MixGRPO,
+    arXiv 2507.21802).
     `until` stops after so many of the `steps` (ReFL). `start` (B, *latent) replaces the prior's draw. `checkpointing` keeps of each step
     with a graph only its state, and runs the network again in the backward pass: memory flat in `grad_steps`; by default on when
     there are two or more.
@@ -149,12 +162,13 @@ def rollout(
     if not 0 <= grad_steps <= until:
         raise InputError(f"A gradient through {grad_steps} steps was asked for, in a rollout of {until}: give 0 to {until}.")
     checkpointing = grad_steps > 1 if checkpointing is None else checkpointing
+    window = random_steps if isinstance(random_steps, range) else range(steps if random_steps is None else random_steps)
 
     x = start = policy.prior(condition, rng) if start is None else start
     states, log_probs, actions = [x], list[Tensor](), list[bool]()
     for i in range(until):
         now, then = schedule.now[i], schedule.then[i]
-        chosen = kernel if random_steps is None or i < random_steps else ddim(0.0)
+        chosen = kernel if i in window else ddim(0.0)
         # drawn out here: a checkpointed step runs twice, and would draw twice
         z = draw_noise(start.shape, start, rng) if _is_random(chosen, now, then) else None
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from diffalign import examples
 from diffalign.checkpoint import whole
 from diffalign.config import Plan, check_needs, resolve
-from diffalign.console import comparison, console, say, watch
+from diffalign.console import comparison, console, say, say_notes, watch
 from diffalign.contract import CheckedReward, short_name
 from diffalign.data import Prompt, PromptList, check_pictures, text_of
 from diffalign.errors import InputError
@@ -133,6 +133,7 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
             run.rewind_metrics(training.context.step)
         say(f"Resuming {run.path} at step {training.context.step}.")
     if main:
+        say_notes(policy)
         say(_in_words(plan, prompts, training, run))
     if main and plan.method.needs.data_role == "besides" and data is None:
         say(f"No --data: {plan.method_name} takes samples of the base model in the place of {plan.method.needs.data}.")

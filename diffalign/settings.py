@@ -37,14 +37,26 @@ class Settings:
     """Classifier-free guidance, in sampling and in training; 1 for none."""
     image_guidance_scale: float = 1.5
     """Guidance towards the picture that an editing pipeline edits; takes part where guidance_scale is above 1."""
-    negative_prompt: str = ""
-    """Prompt of the unconditional branch."""
+    true_cfg_scale: float = 1.0
+    """Classifier-free guidance of models that are told guidance_scale (FLUX), with negative_prompt; 1 for none."""
+    max_sequence_length: int | None = None
+    """Tokens of the long text encoder of Stable Diffusion 3, FLUX and Z-Image; by default the pipeline's own."""
+    negative_prompt: str | None = None
+    """Prompt of the unconditional branch; by default the pipeline's own: the empty one, or none at all for SDXL."""
     height: int | None = None
     """Height of the pictures in pixels; by default the model's own."""
     width: int | None = None
     """Width of the pictures in pixels; by default the model's own."""
+    original_size: tuple[int, int] | None = None
+    """What SDXL is told: height and width of the picture before it was scaled; by default the picture's."""
+    crops_coords_top_left: tuple[int, int] | None = None
+    """What SDXL is told: how much was cut off at the top and at the left; by default nothing."""
+    target_size: tuple[int, int] | None = None
+    """What SDXL is told: height and width of the picture; by default the picture's."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the network; weights that train, log-probabilities and the VAE stay fp32."""
+    """Of the network; weights that train and log-probabilities stay fp32."""
+    vae_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the VAE. Where its configuration says that it overflows in fp16 (force_upcast), fp16 is fp32, as in diffusers."""
     device: str | None = None
     """By default cuda, mps or cpu, the first there is."""
     full: bool = False
@@ -91,15 +103,20 @@ class Settings:
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < vars(self)[name] < float("inf"):
                 raise InputError(f"{name} is {vars(self)[name]}: give a number above 0.")
-        for name in ("sample_every", "sample_steps", "data_limit", "height", "width"):
+        for name in ("sample_every", "sample_steps", "data_limit", "height", "width", "max_sequence_length"):
             if vars(self)[name] is not None and not vars(self)[name] >= 1:
                 raise InputError(f"{name} is {vars(self)[name]}: give 1 or more.")
         if self.ema is not None and not 0 < self.ema < 1:
             raise InputError(f"ema is {self.ema}: give a decay between 0 and 1, such as 0.99.")
         if not 0 <= self.guidance_scale < float("inf"):
             raise InputError(f"guidance_scale is {self.guidance_scale}: give 1 (none) or more.")
-        if not 1 <= self.image_guidance_scale < float("inf"):
-            raise InputError(f"image_guidance_scale is {self.image_guidance_scale}: give 1 (none) or more.")
+        for name in ("image_guidance_scale", "true_cfg_scale"):
+            if not 1 <= vars(self)[name] < float("inf"):
+                raise InputError(f"{name} is {vars(self)[name]}: give 1 (none) or more.")
+        for name, least in {"original_size": 1, "crops_coords_top_left": 0, "target_size": 1}.items():
+            pair = vars(self)[name]
+            if pair is not None and (len(pair) != 2 or not all(n >= least for n in pair)):
+                raise InputError(f"{name} is {list(pair)}: give two numbers of pixels, each {least} or more.")
         if not 0 <= self.seed < 2**31:
             raise InputError(f"seed is {self.seed}: give a whole number from 0 to 2147483647.")
         if not all(0 <= beta < 1 for beta in self.betas):

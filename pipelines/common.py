@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffalign.cache import Shelf, digest, fingerprint
+from diffalign.cache import Shelf, digest
 from diffalign.errors import InputError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -21,39 +20,82 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 @dataclass
 class TextCache:
-    """Text embeddings, computed once. `encode` maps a list of texts to (n, tokens, width); rows are kept on the CPU, up to `capacity`.
+    """Text embeddings, computed once. `encode` maps n texts to tensors (n, ...), one for each of `names`; rows are kept on the CPU, up
+    to `capacity` texts. A call gives the tensors by name.
 
     Missing texts go through the encoder in batches of one fixed size: a row's last bits depend on the batch size, and a resumed run
     has another cache than an uninterrupted one. With a `shelf` the rows are also kept on disk, for every later run.
     """
 
-    encode: Callable[[list[str]], Tensor]
+    encode: Callable[[list[str]], Sequence[Tensor]]
     device: str | torch.device = "cpu"
+    names: tuple[str, ...] = ("encoder_hidden_states",)
     batch_size: int = 8
     capacity: int = 4096
-    rows: OrderedDict[str, Tensor] = field(default_factory=OrderedDict)
+    rows: OrderedDict[str, tuple[Tensor, ...]] = field(default_factory=OrderedDict)
     shelf: Shelf | None = None
 
-    def __call__(self, texts: Sequence[str]) -> Tensor:
+    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
         found = {text: self.rows[text] for text in texts if text in self.rows}
-        if self.shelf is not None:
-            shelved = {text: self.shelf.get(digest(text)) for text in dict.fromkeys(texts) if text not in found}
-            found |= {text: row for text, row in shelved.items() if row is not None}
+        for text in dict.fromkeys(texts):
+            row = None if text in found else self._shelved(text)
+            found |= {} if row is None else {text: row}
         missing = [text for text in dict.fromkeys(texts) if text not in found]
         for i in range(0, len(missing), self.batch_size):
             chunk = missing[i : i + self.batch_size]
             padded = chunk + [""] * (self.batch_size - len(chunk))
-            new = dict(zip(chunk, self.encode(padded).detach().cpu(), strict=False))
-            found |= new
-            for text, row in new.items():
-                if self.shelf is not None:
-                    self.shelf.put(digest(text), row)
+            parts = [part.detach().cpu() for part in self.encode(padded)]
+            for text, row in zip(chunk, zip(*parts, strict=True), strict=False):
+                found[text] = row
+                for name, part in zip(self.names, row, strict=True):
+                    if self.shelf is not None:
+                        self.shelf.put(digest(name, text), part)
         for text, row in found.items():
             self.rows[text] = row
             self.rows.move_to_end(text)
         while len(self.rows) > self.capacity:
             self.rows.popitem(last=False)
-        return torch.stack([found[text] for text in texts]).to(self.device)
+        return {name: torch.stack([found[text][i] for text in texts]).to(self.device) for i, name in enumerate(self.names)}
+
+    def _shelved(self, text: str) -> tuple[Tensor, ...] | None:
+        rows = [] if self.shelf is None else [self.shelf.get(digest(name, text)) for name in self.names]
+        whole = tuple(row for row in rows if row is not None)
+        return whole if len(whole) == len(self.names) else None
+
+
+@dataclass(frozen=True)
+class TextEncoding:
+    """How texts become tensors: `encode(pipe, texts, device)` gives one tensor (n, ...) for each of `names`.
+
+    `encoders` are the pipeline's text encoders with their tokenizers. `sized`: the network is told sizes besides, as SDXL is.
+    """
+
+    encode: Callable[[Any, list[str], str | torch.device], Sequence[Tensor]]
+    names: tuple[str, ...] = ("encoder_hidden_states",)
+    encoders: Mapping[str, str] = field(default_factory=lambda: {"text_encoder": "tokenizer"})
+    sized: bool = False
+    cached: int = 4096  # texts; of Stable Diffusion 1.5 each takes 0.24 MB
+
+
+def clip(pipe: Any, texts: list[str], device: str | torch.device) -> Sequence[Tensor]:
+    """Embeddings (n, tokens, width) of one CLIP text encoder."""
+    return (pipe.encode_prompt(texts, device, 1, False)[0],)
+
+
+def two_clips(pipe: Any, texts: list[str], device: str | torch.device) -> Sequence[Tensor]:
+    """SDXL's embeddings: (n, tokens, width of both) and the second encoder's pooled one, (n, width)."""
+    found = pipe.encode_prompt(texts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+    return found[0], found[2]
+
+
+ONE_ENCODER = TextEncoding(clip)
+TWO_ENCODERS = TextEncoding(
+    two_clips,
+    ("encoder_hidden_states", "text_embeds"),
+    {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"},
+    sized=True,
+    cached=1024,  # 0.64 MB each
+)
 
 
 @contextmanager
@@ -82,49 +124,45 @@ def frozen_copy(module: Any) -> Any:
     return copy.deepcopy(module).requires_grad_(False)
 
 
-def call_unet(unet: Any, dtype: torch.dtype, x: Tensor, t: Tensor, hidden: Tensor) -> Tensor:
-    """The UNet's output (B, *latent) in the dtype of x, computed in `dtype`."""
-    # Each weight is used once a call, and older torch handed a step with a graph the casts made without one: no cache.
-    half = dtype != torch.float32
-    with torch.autocast(x.device.type, dtype if half else None, enabled=half, cache_enabled=False):
-        return unet(x, t, encoder_hidden_states=hidden, return_dict=False)[0].to(x.dtype)
+def vae_dtype(vae: Any, precision: str) -> torch.dtype:
+    """What the VAE computes in: fp32 in the place of fp16 where its configuration says that it overflows there, as in diffusers."""
+    if precision == "fp16" and vae.config.get("force_upcast"):
+        return torch.float32
+    return PRECISIONS[precision]
 
 
 def decode_images(vae: Any, x_0: Tensor) -> Tensor:
-    """Latents to images (B, 3, H, W) in [0, 1], in fp32, with a graph where one is wanted."""
-    images = vae.decode(x_0 / vae.config.scaling_factor, return_dict=False)[0]
+    """Latents to images (B, 3, H, W) in [0, 1], fp32, computed in the VAE's dtype, with a graph where one is wanted."""
+    latents, normal, shift = x_0 / vae.config.scaling_factor, _statistics(vae, x_0), vae.config.get("shift_factor")
+    if normal is not None:
+        latents = latents * normal[1] + normal[0]
+    if shift is not None:
+        latents = latents + shift
+    images = vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()
     return (images / 2 + 0.5).clamp(0, 1)
 
 
 def embed_images(vae: Any, images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] to x_0, the mode of the VAE's posterior."""
-    return vae.encode(images * 2 - 1).latent_dist.mode() * vae.config.scaling_factor
+    """Images (B, 3, H, W) in [0, 1] to x_0, fp32: the mode of the VAE's posterior, scaled."""
+    latents, shift = posterior_mode(vae, images), vae.config.get("shift_factor")
+    normal = _statistics(vae, latents)
+    if shift is not None:
+        latents = latents - shift
+    if normal is not None:
+        latents = (latents - normal[0]) / normal[1]
+    return latents * vae.config.scaling_factor
 
 
-def shelve(pipe: Any, texts: TextCache, height: int, width: int, root: Path) -> Shelf:
-    """Keep text embeddings under `root` from now on; the shelf there of the VAE's latents of pictures of this size.
-
-    Both are named after what they are computed with, so a shelf of another model, or of another precision, is another one.
-    """
-    tokens = sorted(pipe.tokenizer.get_vocab().items())
-    texts.shelf = Shelf(root / "texts" / fingerprint(pipe.text_encoder, tokens, pipe.tokenizer.model_max_length))
-    return Shelf(root / "latents" / f"{fingerprint(pipe.vae, pipe.vae.config.scaling_factor)}-{height}x{width}")
+def posterior_mode(vae: Any, images: Tensor) -> Tensor:
+    """The VAE's own latents of images (B, 3, H, W) in [0, 1], fp32, not scaled."""
+    found = vae.encode((images * 2 - 1).to(vae.dtype), return_dict=False)[0]
+    return (found if isinstance(found, Tensor) else found.mode()).float()  # an AutoencoderTiny has no posterior
 
 
-@contextmanager
-def base_unet(pipe: Any, frozen: Any) -> Iterator[None]:
-    """The base model while the block runs: LoRA switched off, or the frozen copy in the UNet's place."""
-    if frozen is not None:
-        trained, pipe.unet = pipe.unet, frozen
-        try:
-            yield
-        finally:
-            pipe.unet = trained
-    elif getattr(pipe.unet, "peft_config", None):
-        with adapter_off(pipe.unet):
-            yield
-    else:
-        yield
+def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation (C, 1, 1) that some VAEs' latents are normalised with; None for the others."""
+    mean, std = (vae.config.get(name) for name in ("latents_mean", "latents_std"))
+    return None if mean is None or std is None else (torch.tensor(mean).to(like)[:, None, None], torch.tensor(std).to(like)[:, None, None])
 
 
 def own_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
@@ -142,3 +180,15 @@ def own_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int
 def check_size(height: int, width: int, multiple: int) -> None:
     if height < multiple or width < multiple or height % multiple or width % multiple:
         raise InputError(f"A picture of {height} x {width} does not fit this model: give multiples of {multiple}.")
+
+
+def notes_of(pipe: Any, vae_precision: str) -> tuple[str, ...]:
+    """What is otherwise here than in the pipeline's own call: lines for the person."""
+    notes = list[str]()
+    if pipe.components.get("safety_checker") is not None:
+        notes.append("The pipeline's safety checker stays in the pipeline; the training, and its pictures, do not pass through it.")
+    if vars(pipe).get("watermark") is not None:
+        notes.append("The pipeline's watermark stays in the pipeline; the training's pictures carry none.")
+    if vae_dtype(pipe.vae, vae_precision) != PRECISIONS[vae_precision]:
+        notes.append("The VAE overflows in fp16 (force_upcast in its configuration): it computes in fp32.")
+    return tuple(notes)

@@ -70,7 +70,7 @@ def test_the_check_of_a_constant_reward_says_so(method: str, tmp_path: Path, run
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--method", "diffusion-dpo", "--pipeline", "shapes-edit"], "shapes-edit edits pictures, and the pairs of --data come without"),
+        (["--method", "diffusion-dpo", "--pipeline", "shapes-edit"], "This pipeline edits pictures, and the prompt"),
         (
             ["--method", "hive", "--pipeline", "shapes", "--data", "shapes-edit", "--reward", "shapes-clip"],
             "hive trains pipelines that edit",

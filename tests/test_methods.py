@@ -12,7 +12,7 @@ import pytest
 import torch
 from by_hand import record
 from torch import Generator, Tensor
-from toy import GOAL, Exact, Toy, a_context, diffusion, in_processes, nearness
+from toy import GOAL, Exact, Toy, a_context, diffusion, flow, in_processes, nearness
 
 from diffalign import checkpoint, config, registry
 from diffalign.errors import InputError
@@ -41,6 +41,9 @@ CASES = {
     "alignprop": Case({"inference_steps": T}, 0.1, 20, 2.0),
     "refl": Case({"inference_steps": T, "first": 1, "last": 3, "reward_weight": 1.0}, 0.1, 20, 1.0),
     "ddpo": Case({**ROUND, "clip": 0.1}, 0.1, 15, 1.0),
+    "flow-grpo": Case({**ROUND, "samples": 8, "clip": 0.1, "kl_weight": 0.01}, 0.1, 15, 1.0),
+    "flow-grpo-fast": Case({**ROUND, "samples": 8, "clip": 0.1}, 0.1, 15, 0.5),
+    "dance-grpo": Case({**ROUND, "samples": 8, "clip": 0.1}, 0.1, 15, 0.5),
     "dpok": Case({**ROUND, "clip": 0.1, "kl_weight": 0.01, "policy_steps": 2, "value_learning_rate": 1e-2}, 0.1, 10, 1.0),
     "prdp": Case({**ROUND, "clip": 0.1, "samples": 4, "beta": 0.02, "updates": 2}, 0.1, 10, 1.0),
     "d3po": Case({**ROUND, "beta": 1.0, "updates": 2}, 0.1, 10, 0.5),
@@ -51,7 +54,13 @@ CASES = {
     "mapo": Case({}, 0.1, 60, 0.5),
 }
 ANY_SIGN = {("diffusion-dpo", "offset"), ("refl", "phi")}
-UNBOUNDED = {("ddpo", "advantage_clip"), ("rwr", "cap"), ("raft", "cap"), ("hive", "cap")}  # infinity: nothing is cut
+FLOWS = ("flow-grpo", "flow-grpo-fast", "dance-grpo")  # made for flows, and tested on one
+UNBOUNDED = {
+    *((name, "advantage_clip") for name in ("ddpo", *FLOWS)),
+    ("rwr", "cap"),
+    ("raft", "cap"),
+    ("hive", "cap"),
+}  # infinity: nothing is cut
 
 
 def its_class(name: str) -> tuple[Any, dict[str, Any]]:
@@ -66,8 +75,9 @@ def a_method(name: str) -> Method:
     return found(**{**preset, **CASES[name].fields})
 
 
-def a_toy() -> Toy:
-    return Toy(diffusion(), Exact(diffusion()))
+def a_toy(name: str = "") -> Toy:
+    path = flow(shift=3.0) if name in FLOWS else diffusion()
+    return Toy(path, Exact(path))
 
 
 def examples(kind: str, seed: int, n: int = 64) -> Examples:
@@ -100,7 +110,7 @@ def reward_of(policy: Toy) -> float:
 @pytest.mark.parametrize("name", [*registry.METHODS])
 def test_a_short_training_raises_the_reward(name: str):
     """And all that it yields can be gone down and logged."""
-    method, case, policy, context = a_method(name), CASES[name], a_toy(), a_context(PROMPTS)
+    method, case, policy, context = a_method(name), CASES[name], a_toy(name), a_context(PROMPTS)
     optimiser = torch.optim.Adam(policy.weights, lr=case.rate)
     before = reward_of(policy)
     for batch in range(case.batches):
@@ -123,26 +133,39 @@ def test_a_short_training_raises_the_reward(name: str):
     assert reward_of(policy) > before + case.rise
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if name not in FLOWS])
+def test_every_method_takes_a_flow(name: str):
+    """One round, or one batch: finite losses with a gradient, and a first update that moves the policy."""
+    path, method = flow(shift=3.0), a_method(name)
+    policy = Toy(path, Exact(path))
+    slopes = list[Tensor]()
+    for loss in losses(method, policy, 0, a_context(PROMPTS)):
+        assert loss.value.isfinite()
+        slopes += torch.autograd.grad(loss.value, policy.weights, materialize_grads=True)
+    assert all(slope.isfinite().all() for slope in slopes)
+    assert any(slope.any() for slope in slopes)
+
+
 @pytest.mark.parametrize("name", [*registry.METHODS])
 def test_the_same_seed_gives_the_same_losses(name: str):
     method = a_method(name)
 
     def values(seed: int) -> list[float]:
         before = torch.get_rng_state()
-        out = [float(loss.value.detach()) for loss in losses(method, a_toy(), 0, a_context(PROMPTS, seed))]
+        out = [float(loss.value.detach()) for loss in losses(method, a_toy(name), 0, a_context(PROMPTS, seed))]
         assert torch.equal(torch.get_rng_state(), before), "torch's own generator is not used"
         return out
 
     first = values(0)
     assert values(0) == first
-    if name not in ("diffusion-dpo", "kto", "d3po", "ddpo"):  # these begin at a number that is known
+    if name not in ("diffusion-dpo", "kto", "d3po", "ddpo", *FLOWS):  # these begin at a number that is known
         assert values(1) != first
 
 
 @pytest.mark.parametrize("name", [*registry.METHODS])
 def test_the_policy_is_left_as_it_was_found(name: str):
     """Sampling and asking the base change no weight, no mode and no module."""
-    method, policy = a_method(name), a_toy()
+    method, policy = a_method(name), a_toy(name)
     module, weights = policy.module, [w.clone() for w in policy.weights]
     for _ in losses(method, policy, 0, a_context(PROMPTS)):
         assert policy.module is module
@@ -164,7 +187,7 @@ def test_only_the_random_steps_are_trained_on(name: str):
 
 @pytest.mark.parametrize("name", [*registry.METHODS])
 def test_a_resumed_training_goes_on_as_if_it_had_not_stopped(name: str, tmp_path: Path):
-    method, policy, context = a_method(name), a_toy(), a_context(PROMPTS)
+    method, policy, context = a_method(name), a_toy(name), a_context(PROMPTS)
     list(losses(method, policy, 0, context))
     resumed = a_context(PROMPTS, memory=checkpoint.read(checkpoint.write(tmp_path, 1, context.memory, keep=1)))
     resumed.rng.set_state(context.rng.get_state())
@@ -181,7 +204,7 @@ def test_two_processes_keep_in_step(name: str, tmp_path: Path):
     method = a_method(name)
 
     def a_process(processes: Processes) -> tuple[int, set[str], str]:
-        policy, context = a_toy(), a_context(PROMPTS, seed=processes.rank, processes=processes)
+        policy, context = a_toy(name), a_context(PROMPTS, seed=processes.rank, processes=processes)
         marks, names = 0, set[str]()
         for batch in range(2):
             for loss in losses(method, policy, 2 * batch + processes.rank, context):
@@ -209,13 +232,13 @@ def test_its_fields_are_documented_flags(name: str):
 
 @pytest.mark.parametrize("name", [*registry.METHODS])
 def test_its_defaults_are_settings_and_resolve(name: str):
-    found, preset = its_class(name)
-    assert set(found.defaults) <= {field.name for field in fields(Settings)} | {"method"}
-    given = {key: value for key, value in found.defaults.items() if key != "method"}
+    (found, preset), defaults = its_class(name), registry.defaults_of(name)
+    assert set(defaults) <= {field.name for field in fields(Settings)} | {"method"}
+    given = {key: value for key, value in defaults.items() if key != "method"}
     settings = Settings(**{**given, "lora": LoRA(**given.get("lora", {}))})
     plan = config.resolve({"method": name, "pipeline": "user/model", "data": "folder"})
     assert replace(plan.settings, pipeline="shapes", data=None) == settings
-    assert plan.method == found(**{**found.defaults.get("method", {}), **preset})
+    assert plan.method == found(**{**defaults.get("method", {}), **preset})
 
 
 @pytest.mark.parametrize(("value", "fine"), [(-1, ANY_SIGN), (math.nan, set()), (math.inf, UNBOUNDED)], ids=["negative", "nan", "inf"])
@@ -251,5 +274,5 @@ def test_methods_of_any_reward_take_one_without_a_gradient(name: str):
         assert not torch.is_grad_enabled(), "nothing of the sampling is recorded"
         return torch.tensor([-float(((x - GOAL) ** 2).sum()) for x in media])
 
-    for loss in method.losses(a_toy(), black_box, PROMPTS, a_context(PROMPTS)):
+    for loss in method.losses(a_toy(name), black_box, PROMPTS, a_context(PROMPTS)):
         assert loss.value.requires_grad

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy import Exact, Network, Toy, diffusion, flow
 
 from diffalign.errors import InputError
-from diffalign.sampling import Gaussian, Kernel, ddim, flow_sde, rollout, transition
+from diffalign.sampling import Gaussian, Kernel, ddim, flow_sde, noisy, rollout, transition
 from diffalign.types import Level, Prompts, Trajectory
 
 T = 6
@@ -114,10 +114,49 @@ def test_flow_sde_is_flow_grpos_formula(t: float, s: float, a: float):
     assert action.random == (a > 0)
 
 
+@pytest.mark.parametrize(("t", "s"), [(1.0, 0.95), (0.9, 0.8), (0.1, 0.0)])
+def test_constant_noise_is_dancegrpos_step(t: float, s: float):
+    """`flow_step` of its authors, with the score of the sample that is predicted."""
+    eta, (x_t, v) = 0.3, torch.randn(2, 4, 3, dtype=torch.float64)
+    action = flow_sde(eta, noise="constant")(x_t - t * v, x_t + (1 - t) * v, levels(t), levels(s))
+    score = -(x_t - (x_t - t * v) * (1 - t)) / t**2
+    torch.testing.assert_close(action.mean, x_t + (s - t) * v - 0.5 * eta**2 * score * (s - t))
+    assert float(action.std) == pytest.approx(eta * math.sqrt(t - s), rel=1e-12)
+
+
+def test_the_steps_of_a_policy_gradient_are_of_the_path():
+    x_0, noise = torch.randn(2, 3, 2, dtype=torch.float64)
+    for path, own in ((diffusion(), ddim(0.7)), (flow(shift=3.0), flow_sde(0.7))):
+        schedule, kernel = path.schedule(T), noisy(path, 0.7)
+        for i in range(T - 1):
+            ours, theirs = (k(x_0, noise, schedule.now[i], schedule.then[i]) for k in (kernel, own))
+            assert torch.equal(ours.mean, theirs.mean)
+            assert torch.equal(ours.std, theirs.std)
+            assert ours.random
+    schedule, at = flow(shift=3.0).schedule(T), torch.tensor([0, T - 1, 1])
+    kernel = noisy(flow(shift=3.0), 0.7)
+    last = kernel(x_0, noise, schedule.now[T - 1], schedule.then[T - 1])
+    assert not last.random, "the step to sigma 0 is no action"
+    assert torch.equal(last.mean, x_0)
+    rows = kernel(x_0, noise, schedule.now[at], schedule.then[at])
+    assert [bool(std > 0) for std in rows.std] == [True, False, True], "also where each row has a level of its own"
+    assert torch.equal(rows.mean[1], x_0[1])
+
+
 @pytest.mark.parametrize(
     ("kind", "kernel"),
-    [("diffusion", ddim(0)), ("diffusion", ddim(1)), ("flow", ddim(0)), ("flow", ddim(0.7)), ("flow", ddim(1)), ("flow", flow_sde(0.7))],
-    ids=["ddim0", "ddim1", "flow ddim0", "flow ddim0.7", "flow ddim1", "flow_sde"],
+    [
+        ("diffusion", ddim(0)),
+        ("diffusion", ddim(1)),
+        ("flow", ddim(0)),
+        ("flow", ddim(0.7)),
+        ("flow", ddim(1)),
+        ("flow", flow_sde(0.7)),
+        ("flow", flow_sde(1.0, last=False)),
+        ("flow", flow_sde(0.3, noise="constant")),
+        ("flow", flow_sde(1.0, noise="constant")),
+    ],
+    ids=["ddim0", "ddim1", "flow ddim0", "flow ddim0.7", "flow ddim1", "flow_sde", "not last", "constant 0.3", "constant 1"],
 )
 def test_small_steps_keep_the_marginals(kind: str, kernel: Kernel):
     """With the optimal network for `N(m, 0.5^2)`, x_t stays `N(alpha m, alpha^2 0.5^2 + sigma^2)` on all its way."""

@@ -13,7 +13,7 @@ from diffalign.checks import above_zero, at_least, check
 from diffalign.errors import InputError
 from diffalign.objectives.preference import Margin, preference, wins
 from diffalign.rounds import Round, best_and_worst, check_noise, nothing_differs, parts, reference_log_probs, sample_round, stored_round
-from diffalign.sampling import ddim, replay
+from diffalign.sampling import noisy, replay
 from diffalign.types import Context, Examples, Loss, Needs, Policy, Prompts, Reward
 
 
@@ -35,7 +35,7 @@ class D3PO:
     inference_steps: int = 20
     """Denoising steps of a sample."""
     eta: float = 1.0
-    """Noise of a step: 1 is ancestral sampling, and 0 has no actions."""
+    """Noise of a step: 1 is ancestral sampling, and 0 has no actions. On a flow it is a of Flow-GRPO's SDE."""
     random_steps: int | None = None
     """Only so many of the first steps are random, and so trained on; the rest are deterministic (MixGRPO). By default all are."""
     batches: int = 4
@@ -70,7 +70,7 @@ class D3PO:
             assert reward is not None
             round_, eta, samples = self._sample(policy, reward, batch, context), self.eta, self.samples
             about = round_.metrics()
-        kernel = ddim(eta)
+        kernel = noisy(policy.path, eta)
         base = reference_log_probs(policy, round_, kernel)
         won, lost = best_and_worst(round_, self.batches, samples)
         about["ties"] = 1 - len(won) / (round_.total / samples)
@@ -104,7 +104,7 @@ class D3PO:
             batches=self.batches,
             samples=self.samples,
             steps=self.inference_steps,
-            kernel=ddim(self.eta),
+            kernel=noisy(policy.path, self.eta),
             random_steps=self.random_steps,
         )
 

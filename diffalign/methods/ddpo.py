@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Generator
 
 from diffalign.advantages import Kind, advantages
 from diffalign.checks import above_zero, at_least, check, zero_or_more
 from diffalign.errors import InputError
 from diffalign.objectives.policy_gradient import clipped_surrogate, reinforce
 from diffalign.rounds import check_first_pass, check_noise, greedy_scores, nothing_differs, parts, sample_round, shares
-from diffalign.sampling import ddim, replay
+from diffalign.sampling import SDENoise, noisy, replay
 from diffalign.types import Context, Loss, Needs, Policy, Prompts, Reward
 
 
@@ -30,9 +31,15 @@ class DDPO:
     inference_steps: int = 50
     """Denoising steps of a sample."""
     eta: float = 1.0
-    """Noise of a step: 1 is ancestral sampling, and 0 has no actions."""
+    """Noise of a step: 1 is ancestral sampling, and 0 has no actions. On a flow it is a of Flow-GRPO's SDE."""
+    noise: SDENoise = "rising"
+    """On a flow: rising, `sigma_t = eta sqrt(t / (1 - t))` (Flow-GRPO), or constant, `sigma_t = eta` (DanceGRPO)."""
     random_steps: int | None = None
     """Only so many of the first steps are random, and so trained on; the rest are deterministic (MixGRPO). By default all are."""
+    window: Literal["first", "drawn"] = "first"
+    """drawn: the random_steps begin at a step drawn for each round, and lie in the first half of the steps (Flow-GRPO-Fast)."""
+    same_noise: bool = False
+    """All samples of a prompt in a round start from one x_T (DanceGRPO)."""
     batches: int = 32
     """Batches of prompts in a round."""
     samples: int = 1
@@ -77,11 +84,13 @@ class DDPO:
         zero_or_more(self, "kl_weight")
         if self.advantage in ("group", "group_global", "loo") and self.samples < 2:
             raise InputError(f"method.advantage {self.advantage} compares samples of one prompt: give method.samples 2 or more.")
+        if self.window == "drawn" and self.random_steps is None:
+            raise InputError("method.window drawn draws where the random steps begin: give method.random_steps, how many they are.")
         if self.estimator == "sf" and self.updates * self.inner_epochs > 1:
             raise InputError("method.estimator sf takes one optimiser step a round: give method.updates 1 and method.inner_epochs 1.")
 
     def losses(self, policy: Policy, reward: Reward, batch: Prompts, context: Context) -> Iterator[Loss]:
-        kernel = ddim(self.eta)
+        kernel = noisy(policy.path, self.eta, self.noise)
         round_ = sample_round(
             policy,
             reward,
@@ -91,7 +100,8 @@ class DDPO:
             samples=self.samples,
             steps=self.inference_steps,
             kernel=kernel,
-            random_steps=self.random_steps,
+            random_steps=self._window(context.rng),
+            same_noise=self.same_noise,
         )
         greedy = greedy_scores(policy, reward, round_, self.inference_steps) if self.advantage == "greedy" else None
         gains = advantages(
@@ -133,3 +143,10 @@ class DDPO:
                         loss, metrics["kl"] = loss + self.kl_weight * kl, kl.detach().mean()
                     yield Loss(loss.sum() / share.total, metrics, update=part.last)
                 stale = True
+
+    def _window(self, rng: Generator) -> int | range | None:
+        """The steps of a round that are random."""
+        if self.window == "first" or self.random_steps is None:
+            return self.random_steps
+        begin = int(torch.randint(max(0, self.inference_steps // 2 - self.random_steps) + 1, (), generator=rng))
+        return range(begin, begin + self.random_steps)

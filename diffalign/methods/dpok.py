@@ -12,7 +12,7 @@ from torch import Tensor
 from diffalign.checks import above_zero, at_least, zero_or_more
 from diffalign.objectives.policy_gradient import clipped_surrogate
 from diffalign.rounds import Round, check_first_pass, check_noise, parts, reference_log_probs, sample_round
-from diffalign.sampling import ddim, replay
+from diffalign.sampling import noisy, replay
 from diffalign.types import Context, Loss, Needs, Policy, Prompts, Reward
 from diffalign.value import Critic, pooled
 
@@ -30,7 +30,7 @@ class DPOK:
     inference_steps: int = 50
     """Denoising steps of a sample."""
     eta: float = 1.0
-    """Noise of a step: 1 is ancestral sampling, and 0 has no actions."""
+    """Noise of a step: 1 is ancestral sampling, and 0 has no actions. On a flow it is a of Flow-GRPO's SDE."""
     random_steps: int | None = None
     """Only so many of the first steps are random, and so trained on; the rest are deterministic (MixGRPO). By default all are."""
     batches: int = 2
@@ -73,7 +73,7 @@ class DPOK:
         zero_or_more(self, "kl_weight")
 
     def losses(self, policy: Policy, reward: Reward, batch: Prompts, context: Context) -> Iterator[Loss]:
-        kernel = ddim(self.eta)
+        kernel = noisy(policy.path, self.eta)
         round_ = sample_round(
             policy,
             reward,

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffalign.checks import above_zero, at_least
 from diffalign.objectives.regression import proximal_reward_difference
 from diffalign.rounds import check_first_pass, check_noise, log_probs, parts, reference_log_probs, sample_round
-from diffalign.sampling import ddim, replay
+from diffalign.sampling import noisy, replay
 from diffalign.types import Context, Loss, Needs, Policy, Prompts, Reward
 
 
@@ -30,7 +30,7 @@ class PRDP:
     inference_steps: int = 50
     """Denoising steps of a sample."""
     eta: float = 1.0
-    """Noise of a step: 1 is ancestral sampling, and 0 has no actions."""
+    """Noise of a step: 1 is ancestral sampling, and 0 has no actions. On a flow it is a of Flow-GRPO's SDE."""
     random_steps: int | None = None
     """Only so many of the first steps are random, and so trained on; the rest are deterministic (MixGRPO). By default all are."""
     batches: int = 1
@@ -57,7 +57,7 @@ class PRDP:
         above_zero(self, "beta", "clip")
 
     def losses(self, policy: Policy, reward: Reward, batch: Prompts, context: Context) -> Iterator[Loss]:
-        kernel = ddim(self.eta)
+        kernel = noisy(policy.path, self.eta)
         round_ = sample_round(
             policy,
             reward,

@@ -1,0 +1,496 @@
+"""Flow-matching pipelines as policies: diffusers' own pictures, a decoder with a gradient, LoRA files both ways, a step of training."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import tiny_flow
+import torch
+from torch import Generator, Tensor
+
+import diffalign
+from diffalign import registry
+from diffalign.errors import InputError
+from diffalign.lora import LoRA
+from diffalign.media import to_pil
+from diffalign.models import adapter_of, make_policy
+from diffalign.sampling import ddim, flow_sde, rollout, transition
+from diffalign.settings import Settings
+from diffalign.types import Condition, Policy, Prompts, Trajectory
+
+PROMPTS = Prompts(("a red fox", "two cats"))
+STEPS = 4
+DYNAMIC = {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 32}
+
+
+@pytest.fixture(params=sorted(tiny_flow.FAMILIES))
+def make(request: pytest.FixtureRequest) -> Any:
+    return tiny_flow.FAMILIES[request.param]
+
+
+def a_policy(pipe: Any, lora: LoRA | None = None, **options: Any) -> Any:
+    """With classifier-free guidance of 4, which FLUX calls true."""
+    guided = {"guidance_scale": 3.5, "true_cfg_scale": 4.0} if type(pipe).__name__ == "FluxPipeline" else {"guidance_scale": 4.0}
+    guided |= {"height": 16, "width": 16} if type(pipe).__name__ == "ZImagePipeline" else {}  # its own are of 1024 whatever its parts
+    policy = adapter_of(type(pipe).__name__).of(pipe, **{**guided, "max_sequence_length": 12, **options})
+    if lora is not None:
+        policy.adapt(lora)
+    return policy
+
+
+def run(policy: Any, prompts: Prompts = PROMPTS, steps: int = STEPS, kernel: Any = None, **options: Any) -> Trajectory:
+    rng = Generator().manual_seed(0)
+    return rollout(policy, policy.encode(prompts), steps=steps, kernel=kernel or flow_sde(0), rng=rng, **options)
+
+
+@torch.no_grad()
+def pictures(policy: Any, prompts: Prompts = PROMPTS, **options: Any) -> Tensor:
+    return policy.decode(run(policy, prompts, **options).final)
+
+
+@torch.no_grad()
+def own_pictures(policy: Any, pipe: Any = None, steps: int = STEPS, **options: Any) -> Tensor:
+    """What `pipe`, by default the policy's own, makes of the prompts by itself, from the same noise."""
+    pipe = pipe or policy.pipe
+    latents = policy.prior(policy.encode(PROMPTS), Generator().manual_seed(0))
+    given: dict[str, Any] = {"guidance_scale": policy.guidance_scale}
+    if type(pipe).__name__ == "FluxPipeline":
+        latents = pipe._pack_latents(latents, *latents.shape)
+        given = {"guidance_scale": policy.told or 1.0, "true_cfg_scale": policy.guidance_scale}
+    if type(pipe).__name__ == "ZImagePipeline":
+        given = {"guidance_scale": policy.guidance_scale - 1}  # which it adds to 1
+    given |= {"negative_prompt": [policy.negative_prompt] * len(PROMPTS), "height": policy.height, "width": policy.width}
+    given |= {"max_sequence_length": policy.tokens, "num_inference_steps": steps, "latents": latents, "output_type": "pt"}
+    return pipe(list(PROMPTS.text), **{**given, **options}).images
+
+
+def trainable(policy: Any) -> list[Tensor]:
+    return [p for p in policy.module.parameters() if p.requires_grad]
+
+
+@torch.no_grad()
+def perturb(policy: Any, scale: float = 0.3) -> None:
+    rng = Generator().manual_seed(7)
+    for p in trainable(policy):
+        p.add_(scale * torch.randn(p.shape, generator=rng))
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_every_flow_pipeline_of_the_registry_is_tested_here():
+    flows = {name for name, row in registry.PIPELINES.items() if row.target.split(":")[0].endswith((".sd3", ".flux", ".z_image"))}
+    assert set(tiny_flow.FAMILIES) == flows
+    for name, make in tiny_flow.FAMILIES.items():
+        assert type(make()).__name__ == name
+        assert sum(p.numel() for p in make().transformer.parameters()) < 400_000
+
+
+SCHEDULERS = {
+    "no shift": {"shift": 1.0, "use_dynamic_shifting": False},
+    "shift 3": {"shift": 3.0, "use_dynamic_shifting": False},
+    "dynamic": DYNAMIC,
+    "dynamic, linear": {**DYNAMIC, "time_shift_type": "linear"},
+    "terminal": {"shift": 3.0, "use_dynamic_shifting": False, "shift_terminal": 0.1},
+    "karras": {"shift": 3.0, "use_dynamic_shifting": False, "use_karras_sigmas": True},
+}
+
+
+@pytest.mark.parametrize("kernel", [flow_sde(0), ddim(0)], ids=["flow_sde(0)", "ddim(0)"])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_pictures_are_those_of_the_pipelines_own_call(make: Any, name: str, scale: float, kernel: Any):
+    pipe = make(**SCHEDULERS[name])
+    scales: dict[str, Any] = {"guidance_scale": 3.5, "true_cfg_scale": scale} if make is tiny_flow.flux else {"guidance_scale": scale}
+    policy = a_policy(pipe, negative_prompt="bad", **scales)
+    theirs = own_pictures(policy, steps=5)
+    close(pictures(policy, steps=5, kernel=kernel), theirs)
+    assert theirs.std() > 0.05, "the pictures hold something to compare"
+    if scale > 1:
+        assert (theirs - own_pictures(a_policy(pipe, **scales), steps=5)).abs().max() > 1e-2, "the negative prompt matters"
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 8), (4, 12)])
+@pytest.mark.parametrize("config", [DYNAMIC, {"shift": 2.0, "use_dynamic_shifting": False}], ids=["dynamic", "shift"])
+def test_another_size_has_its_own_positions_and_its_own_shift(make: Any, config: dict[str, Any], height: int, width: int):
+    policy = a_policy(make(**config), height=height, width=width)
+    theirs = own_pictures(policy)
+    assert theirs.shape == (2, 3, height, width)
+    close(pictures(policy), theirs)
+    whole = a_policy(make(**config))
+    assert (policy.path.mu != whole.path.mu) == (config is DYNAMIC)
+
+
+def test_without_t5_there_are_zeros_in_its_place():
+    policy = a_policy(tiny_flow.sd3(t5=False))
+    close(pictures(policy), own_pictures(policy))
+    assert not policy.encode(PROMPTS).tensors["encoder_hidden_states"][:, 16:].any()
+    assert policy.notes == ("The pipeline has no text_encoder_3: zeros in the place of its embeddings, as in diffusers.",)
+    with_it = a_policy(tiny_flow.sd3())
+    assert with_it.notes == ()
+    assert with_it.encode(PROMPTS).tensors["encoder_hidden_states"][:, 16:].any()
+
+
+def test_the_default_length_of_text_is_the_pipelines(make: Any):
+    policy = a_policy(make(), max_sequence_length=None)
+    theirs = own_pictures(policy)
+    close(pictures(policy), theirs)
+    assert policy.encode(PROMPTS).tensors["encoder_hidden_states"].shape[1] == (256 + 16 if make is tiny_flow.sd3 else 512)
+
+
+def test_flux_is_told_its_guidance_or_says_that_it_is_not():
+    told = [pictures(a_policy(tiny_flow.flux(), guidance_scale=scale, true_cfg_scale=1.0)) for scale in (1.0, 3.5)]
+    assert (told[0] - told[1]).abs().max() > 1e-3
+    schnell = tiny_flow.flux(guidance_embeds=False)
+    policy = a_policy(schnell, guidance_scale=3.5, true_cfg_scale=1.0)
+    assert policy.notes == ("This model is told no guidance: guidance_scale 3.5 has no effect. true_cfg_scale has.",)
+    close(pictures(policy), own_pictures(policy))
+    assert policy.encode(PROMPTS).null is None
+    assert a_policy(schnell).encode(PROMPTS).null is not None
+
+
+def test_the_same_generator_gives_the_pipelines_own_noise(make: Any):
+    """So that a seed means the same in a policy and in its pipeline."""
+    policy = a_policy(make())
+    close(pictures(policy), own_pictures(policy, latents=None, generator=Generator().manual_seed(0)))
+
+
+def test_what_is_asked_for_matters(make: Any):
+    policy = a_policy(make())
+    other = pictures(policy, Prompts(("a red cow", "two hens")))
+    assert (other - pictures(policy)).abs().flatten(1).amax(1).min() > 1e-3
+
+
+def test_guidance_is_one_batched_call_a_step(make: Any):
+    sizes, policy = list[int](), a_policy(make())
+    handle = policy.module.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(len((*args, *kwargs.values())[0])), with_kwargs=True
+    )
+    run(policy)
+    rollout(policy, policy.encode(PROMPTS).unguided(), steps=2, kernel=ddim())
+    handle.remove()
+    assert sizes == [4] * STEPS + [2] * 2
+
+
+def test_decode_is_differentiable_to_the_latents(make: Any):
+    policy = a_policy(make())
+    latents = (3 * torch.randn(2, 4, 8, 8)).requires_grad_()
+    images = policy.decode(latents)
+    assert images.shape == (2, 3, 16, 16)
+    assert torch.equal(images, images.clamp(0, 1))
+    gradient = torch.autograd.grad(images.square().sum(), latents)[0]
+    assert gradient.isfinite().all()
+    assert (gradient.flatten(1) != 0).any(1).all()
+    posterior = policy.pipe.vae.encode(images * 2 - 1).latent_dist.mode()
+    torch.testing.assert_close(policy.embed(images), (posterior - 0.0609) * 1.5305)
+
+
+def test_a_condition_is_sliced_and_joined_with_its_null_branches(make: Any):
+    policy, rows = a_policy(make()), torch.tensor([1, 0, 1])
+    whole = policy.encode(PROMPTS)
+    x_t, at = policy.prior(whole, Generator().manual_seed(0)), policy.path.schedule(4).now[1]
+    expected = policy.predict(x_t, at, whole)[rows]
+    torch.testing.assert_close(policy.predict(x_t[rows], at, whole[rows]), expected)
+    torch.testing.assert_close(policy.predict(x_t[rows], at, Condition.join([whole[[1]], whole])), expected)
+
+
+def test_text_is_encoded_once_and_kept_on_a_shelf(make: Any, tmp_path: Path):
+    first, second, calls = a_policy(make()), a_policy(make()), list[int]()
+    for policy in (first, second):
+        policy.shelve(tmp_path)
+        encode = policy.texts.encode
+        policy.texts.encode = lambda texts, encode=encode: (calls.append(len(texts)), encode(texts))[1]
+    conditions = [policy.encode(PROMPTS) for policy in (first, first, second)]
+    assert calls == [8, 8], "the prompts, and the empty one, by the first alone"
+    for condition in conditions[1:]:
+        for name, value in conditions[0].tensors.items():
+            assert torch.equal(condition.tensors[name], value)
+            assert torch.equal((condition.null or {})[name], (conditions[0].null or {})[name])
+    longer = a_policy(make(), max_sequence_length=11)
+    longer.shelve(tmp_path)
+    assert longer.texts.shelf.folder != first.texts.shelf.folder, "another length of text is another embedding"
+
+
+@pytest.mark.parametrize("a", [0.7, 1.0])
+def test_a_replayed_step_has_the_same_log_probability(make: Any, a: float):
+    policy = a_policy(make(), LoRA(rank=2))
+    perturb(policy)
+    with torch.no_grad():
+        taken = run(policy, kernel=flow_sde(a))
+    assert taken.actions.all()
+    for i in range(STEPS):
+        action = transition(policy, taken.states[i], taken.schedule.now[i], taken.schedule.then[i], taken.condition, flow_sde(a))
+        log_prob = action.log_prob(taken.states[i + 1])
+        assert torch.equal(log_prob, taken.log_probs[i]), "with a graph and without: ratio exactly 1"
+        assert log_prob.requires_grad
+
+
+def test_a_pipeline_with_gradient_checkpointing_has_the_same_gradient(make: Any):
+    """What FLUX needs on one GPU: the network's own, switched on by its owner."""
+    gradients = list[tuple[Tensor, ...]]()
+    for saving in (False, True):
+        pipe = make()
+        if saving:
+            pipe.transformer.enable_gradient_checkpointing()
+        policy = a_policy(pipe, LoRA(rank=2))
+        perturb(policy)
+        gradients.append(torch.autograd.grad(run(policy, grad_steps=1).final.sum(), trainable(policy)))
+    for plain, saved in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, saved)
+
+
+def test_a_new_lora_is_on_every_attention_of_both_streams(make: Any):
+    policy = a_policy(make(), LoRA(rank=2))
+    assert isinstance(a_policy(make()), Policy)
+    assert torch.equal(pictures(policy), pictures(a_policy(make()))), "it changes nothing"
+    names = {name for name, p in policy.module.named_parameters() if p.requires_grad}
+    assert names == {name for name, _ in policy.module.named_parameters() if "lora_" in name}
+    layers = {re.split(r"\.attn\.|\.attention\.", name.split(".lora_")[0])[-1] for name in names}
+    of_text = {"add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"} if make is not tiny_flow.z_image else set[str]()
+    assert layers == {"to_q", "to_k", "to_v", "to_out.0", *of_text}
+    encoders = [getattr(policy.pipe, name) for name in ("vae", *policy.encoders)]
+    assert not any(p.requires_grad for module in encoders for p in module.parameters())
+
+
+def test_the_saved_lora_loads_through_the_pipelines_own_method(make: Any, tmp_path: Path):
+    policy = a_policy(make(), LoRA(rank=2, alpha=5))
+    base = own_pictures(policy)
+    perturb(policy)
+    with policy.reference():
+        close(pictures(policy), base)
+    policy.save(tmp_path)
+    pipe = make()
+    pipe.load_lora_weights(tmp_path)
+    theirs = own_pictures(policy, pipe=pipe)
+    assert (theirs - base).abs().max() > 0.01
+    close(pictures(policy), theirs)
+    continued = a_policy(make(), LoRA(init=str(tmp_path)))
+    assert torch.equal(pictures(continued), pictures(policy))
+    continued.save(tmp_path / "again")
+    (file,) = tmp_path.glob("*.safetensors")
+    assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+def lora_from_elsewhere(pipe: Any, folder: Path) -> Path:
+    """A LoRA in diffusers' layout that peft and diffusers made alone, without metadata, on other layers than ours."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipe.transformer.add_adapter(LoraConfig(r=3, lora_alpha=3, target_modules=["to_q", "to_v", "proj_out"]))
+    rng = Generator().manual_seed(3)
+    for name, p in pipe.transformer.named_parameters():
+        if "lora_" in name:
+            p.data = 0.3 * torch.randn(p.shape, generator=rng)
+    type(pipe).save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(pipe.transformer))
+    return folder
+
+
+def test_a_lora_from_elsewhere_is_trained_on(make: Any, tmp_path: Path):
+    folder = lora_from_elsewhere(make(), tmp_path / "theirs")
+    policy, pipe = a_policy(make(), LoRA(init=str(folder))), make()
+    pipe.load_lora_weights(folder)
+    theirs = own_pictures(policy, pipe=pipe)
+    assert (theirs - own_pictures(policy, pipe=make())).abs().max() > 1e-3
+    close(pictures(policy), theirs)
+    gradient = torch.autograd.grad(policy.decode(run(policy, grad_steps=1).final).sum(), trainable(policy))
+    assert len(gradient) == len([n for n, _ in policy.module.named_parameters() if "lora_" in n]) > 0
+    assert all(g.isfinite().all() and g.any() for g in gradient)
+    with torch.no_grad():
+        for p, g in zip(trainable(policy), gradient, strict=True):
+            p.add_(g, alpha=0.1)
+    policy.save(tmp_path / "ours")
+    pipe = make()
+    pipe.load_lora_weights(tmp_path / "ours")
+    close(pictures(policy), own_pictures(policy, pipe=pipe))
+    assert (pictures(policy) - theirs).abs().max() > 1e-4
+
+
+def test_full_fine_tuning_keeps_the_base(make: Any, tmp_path: Path):
+    policy = a_policy(make())
+    base = pictures(policy)
+    policy.unfreeze()
+    perturb(policy, 0.05)
+    after = pictures(policy)
+    with policy.reference():
+        assert torch.equal(pictures(policy), base)
+    assert (after - base).abs().max() > 1e-3
+    policy.save(tmp_path)
+    pipe = make()
+    pipe.transformer = type(pipe.transformer).from_pretrained(tmp_path)
+    close(own_pictures(policy, pipe=pipe), after)
+
+
+def test_bf16_gives_gradients_to_fp32_weights_and_is_released(make: Any):
+    # bf16 rounds what FLUX is told, a thousand times the guidance: 4000 stays, 3500 would become 3504, in its pipeline as here
+    given: dict[str, Any] = {"lora": LoRA(rank=2), "guidance_scale": 4.0}
+    policy, whole = a_policy(make(), precision="bf16", vae_precision="bf16", **given), a_policy(make(), **given)
+    assert {policy.module.dtype, policy.pipe.vae.dtype, policy.pipe.text_encoder.dtype} == {torch.bfloat16}
+    slopes = list[Tensor]()
+    for p in (policy, whole):
+        perturb(p)
+        final = run(p, steps=3, grad_steps=2).final
+        images = p.decode(final)
+        assert final.dtype == images.dtype == p.embed(images).dtype == torch.float32
+        gradient = torch.autograd.grad(images.square().sum(), trainable(p))
+        assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradient)
+        slopes.append(torch.cat([g.flatten() for g in gradient]))
+    assert torch.cosine_similarity(*slopes, dim=0) > 0.9
+    policy.release()
+    assert {m.dtype for m in policy.pipe.components.values() if isinstance(m, torch.nn.Module)} == {torch.float32}, "as it came"
+    half = a_policy(make().to(torch.bfloat16), precision="bf16", lora=LoRA(rank=2))
+    assert half.pipe.vae.dtype == torch.float32
+    half.release()
+    assert {m.dtype for m in half.pipe.components.values() if isinstance(m, torch.nn.Module)} == {torch.bfloat16}
+    assert own_pictures(half, latents=None, output_type="latent").isfinite().all(), "it can be called"
+    assert own_pictures(policy, latents=None, output_type="latent").isfinite().all(), "it can be called"
+
+
+def test_the_vae_computes_in_fp32_where_it_overflows_in_fp16(make: Any):
+    pipe = make()
+    a_policy(pipe, vae_precision="fp16")
+    assert pipe.vae.dtype == torch.float32
+    pipe.vae.register_to_config(force_upcast=False)
+    a_policy(pipe, vae_precision="fp16")
+    assert pipe.vae.dtype == torch.float16
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "FlowMatchHeunDiscreteScheduler", "UniPCMultistepScheduler"])
+def test_a_scheduler_without_a_flow_is_refused(make: Any, name: str):
+    pipe = make()
+    pipe.scheduler = getattr(diffusers, name)()
+    with pytest.raises(InputError, match=f"predicts a velocity, and no flow is known for its {name}. Give it a FlowMatchEulerDiscrete"):
+        a_policy(pipe)
+
+
+def test_a_scheduler_that_runs_the_other_way_is_refused_and_a_random_one_is_said(make: Any):
+    with pytest.raises(InputError, match="from data to noise"):
+        a_policy(make(invert_sigmas=True))
+    policy = a_policy(make(stochastic_sampling=True))
+    assert len(policy.notes) == 1
+    assert "samples at random" in policy.notes[0]
+
+
+@pytest.mark.parametrize(("height", "width"), [(15, 16), (16, 6), (0, 16), (-16, 16)])
+def test_a_size_that_does_not_fit_is_an_error(make: Any, height: int, width: int):
+    with pytest.raises(InputError, match=f"{height} x {width} does not fit.*multiples of 4"):
+        a_policy(make(), height=height, width=width)
+
+
+def test_stable_diffusion_3_knows_positions_up_to_a_size():
+    assert pictures(a_policy(tiny_flow.sd3(), height=32, width=4)).shape == (2, 3, 32, 4)
+    with pytest.raises(InputError, match="36 x 16 does not fit this model: it knows positions up to 32 pixels a side"):
+        a_policy(tiny_flow.sd3(), height=36, width=16)
+
+
+def test_a_pipeline_without_a_part_is_refused(make: Any):
+    for part in sorted({"text_encoder", "text_encoder_2", "vae", "transformer"} & set(make().components)):
+        pipe = make()
+        setattr(pipe, part, None)
+        with pytest.raises(InputError, match=f"This {type(pipe).__name__} has no {part}: load it whole"):
+            a_policy(pipe)
+
+
+def test_a_network_that_wants_something_else_is_refused(make: Any):
+    pipe = make(transformer={"in_channels": 20})
+    with pytest.raises(InputError, match=r"The transformer (takes 20 channels, and the VAE has 4|has 20 input channels, and FLUX .* 16)"):
+        a_policy(pipe)
+
+
+@pytest.mark.parametrize("tokens", [0, 513])
+def test_a_length_of_text_that_makes_no_sense_is_an_error(make: Any, tokens: int):
+    with pytest.raises(InputError, match=f"max_sequence_length is {tokens}: give 1"):
+        a_policy(make(), max_sequence_length=tokens)
+
+
+def test_an_option_of_another_family_is_an_error():
+    import tiny
+
+    with pytest.raises(InputError, match="true_cfg_scale is for FLUX"):
+        a_policy(tiny_flow.sd3(), true_cfg_scale=2.0)
+    with pytest.raises(InputError, match="true_cfg_scale: the adapter of StableDiffusionPipeline takes none"):
+        make_policy(Settings(true_cfg_scale=2.0), tiny.stable_diffusion())
+    with pytest.raises(InputError, match=r"true_cfg_scale is 0.5: give 1 \(none\) or more"):
+        Settings(true_cfg_scale=0.5)
+
+
+# A step of each kind of method
+
+
+@diffalign.reward(differentiable=True)
+def red(images: Tensor, prompts: Prompts) -> Tensor:
+    return images[:, 0].mean((1, 2)) - images[:, 1].mean((1, 2))
+
+
+def some_pairs(folder: Path) -> Path:
+    folder.mkdir()
+    rows, rng = list[dict[str, str]](), Generator().manual_seed(0)
+    for i, text in enumerate(("a red fox", "two cats", "a cow", "a hen")):
+        answers = {"chosen": f"chosen-{i}.png", "rejected": f"rejected-{i}.png"}
+        for file in answers.values():
+            to_pil(torch.rand(3, 16, 16, generator=rng)).save(folder / file)
+        rows.append({"prompt": text, **answers})
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("method", ["draft", "ddpo", "diffusion-dpo"])
+def test_a_step_of_training_moves_the_weights(make: Any, method: str, full: bool, tmp_path: Path):
+    pipe = make()
+    before = {name: p.clone() for name, p in pipe.transformer.named_parameters()}
+    own: dict[str, Any] = {"prompts": ["a red fox", "two cats", "a cow", "a hen"], "reward": red, "inference_steps": 3}
+    if method == "diffusion-dpo":
+        own = {"data": str(some_pairs(tmp_path / "data")), "warmup_steps": 0}
+    given: dict[str, Any] = {"steps": 1, "batch_size": 2, "eval_size": 0, "sample_steps": 2, "accumulate": 1, "max_sequence_length": 12}
+    given |= {"full": True} if full else {"lora": {"rank": 2}}
+    trained = diffalign.align(pipe, method=method, output=tmp_path / "run", height=16, width=16, **given, **own)
+    assert trained.metrics[0]["grad_norm"] > 0
+    again = make()
+    if full:
+        again.transformer = type(again.transformer).from_pretrained(trained.path / "model")
+        moved = [(p - before[name]).abs().max() for name, p in again.transformer.named_parameters()]
+    else:
+        again.load_lora_weights(trained.path / "lora")
+        moved = [p.abs().max() for name, p in again.transformer.named_parameters() if "lora_B" in name]
+    assert moved
+    assert max(moved) > 0
+
+
+def test_a_run_from_a_folder_samples_and_loads_again(make: Any, tmp_path: Path):
+    make().save_pretrained(tmp_path / "model")
+    given: dict[str, Any] = {"steps": 1, "batch_size": 2, "eval_size": 0, "sample_steps": 2, "max_sequence_length": 12, "full": True}
+    own = {"prompts": ["a red fox", "two cats"], "reward": red, "inference_steps": 2}
+    trained = diffalign.align(str(tmp_path / "model"), method="draft", output=tmp_path / "run", height=16, width=16, **given, **own)
+    loaded = diffalign.load(trained.path)
+    assert type(loaded.pipeline).__name__ == type(make()).__name__
+    files = loaded.sample(["a red fox"], steps=2)
+    assert all(file.is_file() for file in files)
+    assert loaded.policy.frozen is not None
+
+
+def test_d3po_learns_from_trajectories_that_were_stored(make: Any, tmp_path: Path, run_cli: Any):
+    """Made on the flow's SDE, and replayed on it: the levels and their noise are those of the file."""
+    make().save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("a red fox\ntwo cats\na cow")
+    same = ["--pipeline", "model", "--height", 16, "--width", 16, "--max-sequence-length", 8, "--guidance-scale", 2]
+    making = ["--reward", "jpeg-compressibility", "--prompts", "prompts.txt", "--pairs", 4, "--batch-size", 4, "--sample-steps", 4]
+    outcome = run_cli("pairs", *same, *making, "--trajectories", "--output", "pairs")
+    assert outcome.status == 0, outcome.err
+    small = ["--steps", 1, "--batch-size", 2, "--method.batches", 1, "--method.updates", 1, "--eval-size", 0, "--lora.rank", 2]
+    outcome = run_cli("train", "--method", "d3po", *same, *small, "--data", "pairs", "--sample-steps", 2, "--output", "run")
+    assert outcome.status == 0, outcome.err
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert row["loss"] == pytest.approx(0.6931, abs=1e-3), "ln 2: the policy is still its base, whose log-probabilities repeat"
+    assert row["grad_norm"] > 0
+    outcome = run_cli("train", "--method", "d3po", *same[:-1], 3, *small, "--data", "pairs", "--output", "other")
+    assert outcome.status == 2
+    assert "sampled with guidance 2, and the training has 3: --guidance-scale 2" in outcome.err
