@@ -21,6 +21,7 @@ from toy import Network, Toy, diffusion, in_processes, move, nearness
 
 import diffalign
 from diffalign import session
+from diffalign.cli import main
 from diffalign.config import resolve
 from diffalign.data import PromptList, Stream
 from diffalign.errors import InputError
@@ -175,25 +176,50 @@ RUNS: dict[str, dict[str, Any]] = {
 ALIGN = """
 import json, sys
 import diffalign
-calls, run, out = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
+calls, killed, odd = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
 for name, call in calls.items():
-    diffalign.align(method=name, batch_size=2, output=f"{out}/{name}", **call)
+    diffalign.align(method=name, batch_size=2, output=f"two/{name}", **call)
+diffalign.resume(killed)
 try:
-    diffalign.resume(run)
+    diffalign.resume(odd)
 except diffalign.InputError as error:
     print(f"refused: {error}", file=sys.stderr)
 """
+REWARD = """
+import os, signal
+from pathlib import Path
+calls = 0
+def mortal(images, prompts):
+    global calls
+    calls += 1
+    mark = Path(__file__).parent / "killed"
+    if calls == 3 and os.environ.get("RANK") == "1" and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return images.mean((1, 2, 3))
+def of_the_second(images, prompts):
+    if os.environ.get("RANK") == "1":
+        raise ValueError("no such luck")
+    return images.mean((1, 2, 3))
+"""
+CHOSEN = {
+    "--method": "ddpo", "--method.inference-steps": 2, "--method.batches": 1, "--method.samples": 1, "--method.updates": 1,
+    "--method.advantage": "per_prompt", "--method.buffer": 3, "--method.least": 2, "--steps": 4, "--checkpoint-every": 1,
+    "--keep-checkpoints": 9, "--learning-rate": 1e-4, "--lr-schedule": "constant", "--eval-size": 2, "--sample-steps": 1,
+    "--sample-every": 100, "--device": "cpu",
+}  # fmt: skip
+FLAGS = ["train", *(str(word) for pair in CHOSEN.items() for word in pair)]
 
 
 def torchrun(*command: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Two processes on one machine, at a port that is free; they end within five minutes, on a machine as busy as it may be."""
+    """Two processes on one machine, at a port that is free; they end within ten minutes, on a machine as busy as it may be."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, command)]
     apart = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")}
     here = str(Path(diffalign.__file__).parents[1])
     environment = {**apart, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
         try:
-            out, err = launcher.communicate(timeout=300)
+            out, err = launcher.communicate(timeout=600)
         except subprocess.TimeoutExpired:
             launcher.terminate()  # not killed, it ends its processes too
             raise
@@ -213,19 +239,39 @@ def assert_the_same(ours: Path, theirs: Path) -> None:
     assert moved > 1e-4, "a LoRA's second half begins at 0"
 
 
-def test_real_processes_train_the_lora_of_one(tmp_path: Path):
-    """And processes that cannot share the batch of a run are refused it."""
-    pairs = diffalign.make_pairs("shapes", reward="shapes-clip", output=tmp_path / "pairs", pairs=12, sample_steps=2, batch_size=4)
+@dataclass(frozen=True)
+class Ran:
+    """What two launches left in `folder`: the runs of `RUNS` in one process (one/) and in two (two/), and a run that was killed, resumed.
+
+    `killed` is the launch of that one, `handed_on` the run as the kill left it; `done` the launch of all the others.
+    """
+
+    folder: Path
+    killed: subprocess.CompletedProcess[str]
+    handed_on: Path
+    done: subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    folder = tmp_path_factory.mktemp("ran")
+    (folder / "reward.py").write_text(REWARD)
+    (folder / "work.py").write_text(ALIGN)
+    pairs = diffalign.make_pairs("shapes", reward="shapes-clip", output=folder / "pairs", pairs=12, sample_steps=2, batch_size=4)
     calls = {name: {**SMALL, **call, **({"data": str(pairs)} if name == "diffusion-dpo" else {})} for name, call in RUNS.items()}
     for name, call in calls.items():
-        diffalign.align(method=name, batch_size=4, output=tmp_path / "one" / name, **call)
-    odd = diffalign.align(batch_size=3, output=tmp_path / "odd", inference_steps=2, k=1, **{**SMALL, "steps": 1}).path
-    (tmp_path / "work.py").write_text(ALIGN)
-    done = torchrun("work.py", json.dumps(calls), odd, tmp_path / "two", folder=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("refused: The run has 3 samples in a batch of all its processes, which 2 cannot share: ") == 2
-    for name in calls:
-        run, alone = diffalign.load(tmp_path / "two" / name), diffalign.load(tmp_path / "one" / name)
+        diffalign.align(method=name, batch_size=4, output=folder / "one" / name, **call)
+    diffalign.align(batch_size=3, output=folder / "odd", inference_steps=2, k=1, **{**SMALL, "steps": 1})
+    killed = torchrun("-m", "diffalign", *FLAGS, "--reward", "reward.py:mortal", "--batch-size", 4, "--output", "killed-run", folder=folder)
+    shutil.copytree(folder / "killed-run", folder / "handed-on")
+    return Ran(folder, killed, folder / "handed-on", torchrun("work.py", json.dumps(calls), "killed-run", "odd", folder=folder))
+
+
+def test_real_processes_train_the_lora_of_one(ran: Ran):
+    assert ran.done.returncode == 0, ran.done.stderr[-3000:]
+    assert "2 samples x 1 batches x 2 processes = 4 a step" in ran.done.stderr
+    for name in RUNS:
+        run, alone = diffalign.load(ran.folder / "two" / name), diffalign.load(ran.folder / "one" / name)
         assert (run.config["processes"], alone.config["processes"]) == (2, 1)
         assert_the_same(run.path, alone.path)
         assert len(run.metrics) == 3, "one process writes"
@@ -233,54 +279,26 @@ def test_real_processes_train_the_lora_of_one(tmp_path: Path):
             for metric in theirs.keys() & {"loss", "reward", "reward_std", "grad_norm", "reward_queries"}:
                 assert ours[metric] == pytest.approx(theirs[metric], rel=1e-3, abs=1e-4), (name, metric)
             assert ours["device_seconds"] == pytest.approx(2 * ours["seconds"], rel=1e-3)
-    assert "2 samples x 1 batches x 2 processes = 4 a step" in done.stderr
 
 
-REWARD = """
-import os, signal
-from pathlib import Path
-calls = 0
-def mortal(images, prompts):
-    global calls
-    calls += 1
-    if calls == 3 and os.environ.get("RANK") == "1" and not Path("killed").exists():
-        Path("killed").touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return images.mean((1, 2, 3))
-def of_the_second(images, prompts):
-    if os.environ.get("RANK") == "1":
-        raise ValueError("no such luck")
-    return images.mean((1, 2, 3))
-"""
-CHOSEN = {
-    "--method": "ddpo", "--method.inference-steps": 2, "--method.batches": 1, "--method.samples": 1, "--method.updates": 1,
-    "--method.advantage": "per_prompt", "--method.buffer": 3, "--method.least": 2, "--steps": 4, "--checkpoint-every": 1,
-    "--keep-checkpoints": 9, "--learning-rate": 1e-4, "--lr-schedule": "constant", "--eval-size": 2, "--sample-steps": 1,
-    "--sample-every": 100, "--device": "cpu",
-}  # fmt: skip
-FLAGS = ["train", *(str(word) for pair in CHOSEN.items() for word in pair)]
+def test_a_batch_that_processes_cannot_share_is_refused(ran: Ran):
+    assert ran.done.stderr.count("refused: The run has 3 samples in a batch of all its processes, which 2 cannot share: ") == 2
 
 
-def test_a_killed_run_goes_on_in_as_many_processes_or_in_one(tmp_path: Path, run_cli: Callable[..., Any]):
-    (tmp_path / "reward.py").write_text(REWARD)
-    flags = [*FLAGS, "--reward", "reward.py:mortal"]
-    killed = torchrun("-m", "diffalign", *flags, "--batch-size", 4, "--output", "two", folder=tmp_path)
-    assert killed.returncode != 0
-    assert "ended without a word" in killed.stderr or "SIGTERM" in killed.stderr
-    assert (tmp_path / "killed").exists()
-    left = sorted(path.name for path in (tmp_path / "two" / "checkpoints").iterdir() if not path.name.startswith("."))
-    assert left == ["step-000000", "step-000001", "step-000002"]
-    shutil.copytree(tmp_path / "two", tmp_path / "handed-on")
-
-    resumed = torchrun("-m", "diffalign", "train", "--resume", "two", folder=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert "x 2 processes" in resumed.stderr
-    assert (tmp_path / "two" / "eval.json").is_file()
-    assert run_cli("train", "--resume", tmp_path / "handed-on").status == 0
-    assert run_cli(*flags, "--batch-size", 8, "--output", tmp_path / "one").status == 0
-    for name in ("two", "handed-on"):
-        assert [row["step"] for row in diffalign.load(tmp_path / name).metrics] == [1, 2, 3, 4]
-        assert_the_same(tmp_path / name, tmp_path / "one")
+def test_a_killed_run_goes_on_in_as_many_processes_or_in_one(ran: Ran):
+    assert ran.killed.returncode != 0
+    assert (ran.folder / "killed").exists()
+    left = {path.name for path in (ran.handed_on / "checkpoints").iterdir()}
+    assert {"step-000002"} <= left, ran.killed.stderr[-3000:]
+    assert not {"step-000003"} & left
+    assert "Resuming killed-run at step 2" in ran.done.stderr
+    assert (ran.folder / "killed-run" / "eval.json").is_file()
+    diffalign.resume(ran.handed_on)
+    reward = str(ran.folder / "reward.py:mortal")
+    assert main([*FLAGS, "--reward", reward, "--batch-size", "8", "--output", str(ran.folder / "never-stopped")]) == 0
+    for run in (ran.folder / "killed-run", ran.handed_on):
+        assert [row["step"] for row in diffalign.load(run).metrics] == [1, 2, 3, 4]
+        assert_the_same(run, ran.folder / "never-stopped")
 
 
 def test_an_error_in_one_process_ends_all_with_one_message(tmp_path: Path):
