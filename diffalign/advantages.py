@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import InputError
+from diffalign.shards import everyone, own
 from diffalign.types import Context
 
 Kind = Literal["global", "per_prompt", "group", "group_global", "loo", "greedy"]
@@ -21,6 +22,7 @@ def advantages(
     keys: Sequence[str],
     context: Context,
     *,
+    size: int | None = None,
     greedy: Tensor | None = None,
     clip: float = 5.0,
     buffer: int = 32,
@@ -29,7 +31,8 @@ def advantages(
 ) -> Tensor:
     """(N,) advantages of a round's scores (N,) for its prompts (N,), clipped to +-clip; fp32 or better, on the scores' device.
 
-    Prompts are told apart by their `keys` (`Prompts.keys`).
+    Prompts are told apart by their `keys` (`Prompts.keys`). `size` is the batch of a process, where the round has several of them: with it
+    scores are remembered in a single process's order.
 
     - `global`: `(r - mean) / (std + epsilon)` over the round
     - `per_prompt`: the same over the last `buffer` scores of the prompt, this round's included; over the round until there are `least`
@@ -59,31 +62,31 @@ def advantages(
 
     # in float64, where the mean of equal fp32 scores is that score and leaves no rounding for a small epsilon to blow up; and on the
     # CPU, since not every accelerator has float64, nor sums in the same order each time
-    everyone = context.processes.gather(mine).cpu().double()
-    if not bool(everyone.isfinite().all()):
-        raise ValueError(f"advantages: {int((~everyone.isfinite()).sum())} of {len(everyone)} scores are not finite.")
-    texts = context.processes.gather(torch.tensor([_hash(key) for key in keys], device=mine.device)).cpu()
+    size = len(scores) if size is None else size
+    every = everyone(mine, context.processes, size).cpu().double()
+    if not bool(every.isfinite().all()):
+        raise ValueError(f"advantages: {int((~every.isfinite()).sum())} of {len(every)} scores are not finite.")
+    texts = everyone(torch.tensor([_hash(key) for key in keys], device=mine.device), context.processes, size).cpu()
     match kind:
         case "greedy":
-            values = everyone
+            values = every
         case "global":
-            values = _standardised(everyone, *_moments(everyone, torch.zeros_like(texts)), epsilon)
+            values = _standardised(every, *_moments(every, torch.zeros_like(texts)), epsilon)
         case "per_prompt":
-            values = _standardised(everyone, *_running_moments(everyone, texts, context, buffer, least), epsilon)
+            values = _standardised(every, *_running_moments(every, texts, context, buffer, least), epsilon)
         case "group":
-            values = _standardised(everyone, *_moments(everyone, _groups(kind, texts)[0]), epsilon)
+            values = _standardised(every, *_moments(every, _groups(kind, texts)[0]), epsilon)
         case "group_global":
-            mean, _ = _moments(everyone, _groups(kind, texts)[0])
-            _, std = _moments(everyone, torch.zeros_like(texts))
-            values = _standardised(everyone, mean, std, epsilon)
+            mean, _ = _moments(every, _groups(kind, texts)[0])
+            _, std = _moments(every, torch.zeros_like(texts))
+            values = _standardised(every, mean, std, epsilon)
         case "loo":
-            group, size = _groups(kind, texts)
-            mean, _ = _moments(everyone, group)
-            values = (everyone - mean) * (size / (size - 1))  # r - (sum - r) / (k - 1)
+            group, members = _groups(kind, texts)
+            mean, _ = _moments(every, group)
+            values = (every - mean) * (members / (members - 1))  # r - (sum - r) / (k - 1)
         case _:
             raise ValueError(f"advantages: kind is {kind!r}; give one of {', '.join(map(repr, get_args(Kind)))}.")
-    start = context.processes.rank * len(scores)
-    return values[start : start + len(scores)].clamp(-clip, clip).to(mine)
+    return own(values, context.processes, size).clamp(-clip, clip).to(mine)
 
 
 def _hash(text: str) -> int:

@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(f"The disk is full ({error}). Make room: the checkpoints before are whole, and --resume goes on.", 2, debug)
         if isinstance(error, OSError):
             return _fail(f"{error}.", 2, debug)
+        if _bereaved(error):
+            return _fail("Another process of this training has ended without a word. Was it killed? --resume goes on.", 1, debug)
         if (memory := _out_of_memory(error)) is not None:
             return _fail(f"Out of memory ({memory}). Lower --batch-size and raise --accumulate, or lower --height and --width.", 2, debug)
         return _fail(f"{type(error).__name__}: {error}\nThis is a fault in diffalign or in a plug-in; --debug shows where.", 1, debug)
@@ -74,13 +76,29 @@ def _out_of_memory(error: Exception) -> str | None:
     return said[0] if said else str(error).partition("\n")[0] or type(error).__name__
 
 
+def _bereaved(error: Exception) -> bool:
+    """Whether a collective failed because another process is gone."""
+    said = re.search(r"gloo|[Cc]onnection (closed|reset) by peer|NCCL", str(error))
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and isinstance(error, RuntimeError) and said is not None
+
+
 def _fail(message: str, status: int, debug: bool) -> int:
     if debug:
         import traceback
 
         traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
+    if _speaks():
+        print(f"error: {message}", file=sys.stderr)
     return status
+
+
+def _speaks() -> bool:
+    """Whether it is this process that says what went wrong: of several the first that fails, others fail in its wake."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    from diffalign.processes import first_to_fail
+
+    return first_to_fail()
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -93,6 +111,8 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if command not in COMMANDS:
         raise InputError(f"There is no command '{command}'. {nearest(command, COMMANDS)}")
+    if command != "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(f"diffalign {command} works in one process: start it without torchrun or accelerate.")
     run: Callable[[list[str]], int] = {
         "train": _train, "sample": _sample, "eval": _eval, "score": _score, "pairs": _pairs, "edits": _edits, "compare": _compare,
         "check": _check, "list": _list, "doctor": _doctor,
@@ -180,14 +200,20 @@ def _resume(arguments: list[str]) -> int:
 
 
 def _stoppable(work: Callable[[], Any]) -> int:
+    import torch.distributed
+
+    from diffalign.console import say
     from diffalign.session import Stopped
 
+    status = 0
     try:
         work()
     except Stopped as stop:
-        print(f"Stopped at step {stop.step}, saved. Go on: diffalign train --resume {stop.path}", file=sys.stderr)
-        return 128 + stop.signum
-    return 0
+        say(f"Stopped at step {stop.step}, saved. Go on: diffalign train --resume {stop.path}")
+        status = 128 + stop.signum
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return status
 
 
 def _sample(arguments: list[str]) -> int:

@@ -16,28 +16,11 @@ from torch import Generator, Tensor, nn
 from diffalign.contract import CheckedReward
 from diffalign.data import Source, Stream
 from diffalign.errors import InputError
-from diffalign.models import device_of
+from diffalign.processes import Accelerated, all_of, average_gradients, average_metrics
 from diffalign.run import peak_memory_mb
 from diffalign.settings import Settings
+from diffalign.shards import Shared
 from diffalign.types import Context, Loss, Method, Policy
-
-
-@dataclass(frozen=True)
-class Accelerated:
-    """The collectives of `accelerate`, as methods see them."""
-
-    accelerator: Any
-
-    @property
-    def count(self) -> int:
-        return self.accelerator.num_processes
-
-    @property
-    def rank(self) -> int:
-        return self.accelerator.process_index
-
-    def gather(self, x: Tensor) -> Tensor:
-        return self.accelerator.gather(x)
 
 
 @dataclass
@@ -65,19 +48,22 @@ class Training:
     accelerator: Any
     context: Context
     stream: Stream
+    batch_size: int  # of all processes together
     examples: Stream | None = None  # of a method that trains on prompts and takes data besides
     costs: Costs = field(default_factory=Costs)
 
     def anywhere(self, here: bool) -> bool:
         """Whether it is true in any process."""
-        from accelerate.utils import gather_object
-
-        return any(gather_object([here]))
+        return any(all_of(here))
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds; every process must call it, since each has a generator of its own."""
-        from accelerate.utils import gather_object
+        """What a checkpoint holds, the same in every process, all of which must call.
 
+        Raises InputError where their generators have come out of step.
+        """
+        rng = self.context.rng.get_state()
+        if not all(torch.equal(rng, other) for other in all_of(rng)):
+            raise InputError("The processes have drawn differently: what a method draws must not depend on a process's own samples.")
         average = self.average and {"weights": self.average.shadow_params, "steps": self.average.optimization_step}
         scaler = self.accelerator.scaler
         return {
@@ -88,7 +74,8 @@ class Training:
             "schedule": self.schedule.state_dict(),
             "average": average,
             "scaler": scaler and scaler.state_dict(),
-            "rng": gather_object([self.context.rng.get_state()]),
+            "batch_size": self.batch_size,
+            "rng": rng,
             "stream": self.stream.state(),
             "examples": self.examples and self.examples.state(),
             "memory": self.context.memory,
@@ -110,9 +97,7 @@ class Training:
             self.average.optimization_step = state["average"]["steps"]
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        if len(state["rng"]) != self.accelerator.num_processes:
-            raise InputError(f"The run was made by {len(state['rng'])} processes: resume it with as many.")
-        self.context.rng.set_state(state["rng"][self.accelerator.process_index])
+        self.context.rng.set_state(state["rng"])
         self.stream.restore(state["stream"])
         if self.examples is not None:
             self.examples.restore(state["examples"])
@@ -141,21 +126,22 @@ def prepare(policy: Policy, settings: Settings, source: Source, accelerator: Any
     parameters = {name: p for name, p in policy.module.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
     schedule = get_scheduler(settings.lr_schedule, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=settings.steps)
-    rank, count = accelerator.process_index, accelerator.num_processes
+    processes = Accelerated(accelerator)
 
     def stream(of: Source, seed: int) -> Stream:
-        return Stream(of, settings.batch_size, Generator().manual_seed(seed), count, rank)
+        return Stream(of, settings.batch_size, Generator().manual_seed(seed), processes.count, processes.rank)
 
     main, side = stream(source, settings.seed), stream(examples, settings.seed + 1) if examples is not None else None
-    rng = Generator().manual_seed(settings.seed * 1_000 + rank)
+    rng = Generator() if processes.count == 1 else Shared(processes)
     return Training(
         parameters,
         accelerator.prepare_optimizer(optimizer),
         schedule,
         EMAModel(parameters.values(), decay=settings.ema) if settings.ema else None,
         accelerator,
-        Context(rng, Accelerated(accelerator), main.next, side.next if side else None),
+        Context(rng.manual_seed(settings.seed * 1_000), processes, main.next, side.next if side else None),
         main,
+        settings.batch_size * processes.count,
         side,
     )
 
@@ -211,13 +197,13 @@ def _networks(policy: Policy) -> set[nn.Module]:
 
 @contextmanager
 def _counted(training: Training, networks: set[nn.Module], reward: CheckedReward | None) -> Iterator[None]:
-    """Add to the training's costs what the block takes."""
-    costs, processes = training.costs, training.context.processes.count
+    """Add to the training's costs what the block takes, in all processes."""
+    costs, here = training.costs, Costs()
     queries, clock = reward.queries if reward else 0, time.perf_counter()
 
     def count(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        costs.network_calls += processes
-        costs.network_samples += processes * len(next(x for x in (*given, *named.values()) if isinstance(x, Tensor)))
+        here.network_calls += 1
+        here.network_samples += len(next(x for x in (*given, *named.values()) if isinstance(x, Tensor)))
 
     hooks = [network.register_forward_pre_hook(count, with_kwargs=True) for network in networks]
     try:
@@ -225,8 +211,12 @@ def _counted(training: Training, networks: set[nn.Module], reward: CheckedReward
     finally:
         for hook in hooks:
             hook.remove()
-        costs.seconds += time.perf_counter() - clock
-        costs.reward_queries += ((reward.queries if reward else 0) - queries) * processes
+    here.seconds, here.reward_queries = time.perf_counter() - clock, (reward.queries if reward else 0) - queries
+    everyones = all_of(here)
+    costs.reward_queries += sum(each.reward_queries for each in everyones)
+    costs.network_calls += sum(each.network_calls for each in everyones)
+    costs.network_samples += sum(each.network_samples for each in everyones)
+    costs.seconds += max(each.seconds for each in everyones)
 
 
 def _backward(training: Training, loss: Loss, settings: Settings, sums: dict[str, list[float]]) -> None:
@@ -243,9 +233,7 @@ def _backward(training: Training, loss: Loss, settings: Settings, sums: dict[str
 def _step(training: Training, settings: Settings) -> float:
     """Average the gradients over the processes, clip, step; the gradient's norm before clipping."""
     accelerator, parameters = training.accelerator, list(training.parameters.values())
-    if accelerator.num_processes > 1:
-        for parameter in parameters:
-            parameter.grad = accelerator.reduce(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad, reduction="mean")
+    average_gradients(parameters, accelerator)
     norm = float(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm))
     if not math.isfinite(norm) and accelerator.scaler is None:  # a scaler skips such a step, and scales less
         raise InputError(f"The gradient of step {training.context.step + 1} is not finite: lower --learning-rate, or use fp32.")
@@ -259,13 +247,9 @@ def _step(training: Training, settings: Settings) -> float:
 
 
 def _row(training: Training, sums: Mapping[str, list[float]], grad_norm: float) -> dict[str, float]:
-    means = {name: sum(values) / (1 if name == "loss" else len(values)) for name, values in sums.items()}
-    if training.accelerator.num_processes > 1:
-        together = torch.tensor([means[n] for n in sorted(means)], device=training.accelerator.device)
-        means = dict(zip(sorted(means), training.accelerator.reduce(together, reduction="mean").tolist(), strict=True))
     return {
         "step": training.context.step,
-        **means,
+        **average_metrics(sums),
         "grad_norm": grad_norm,
         "learning_rate": training.schedule.get_last_lr()[0],
     }
@@ -278,28 +262,5 @@ def _costs(training: Training) -> dict[str, float]:
         **asdict(training.costs),
         "seconds": round(seconds, 4),
         "device_seconds": round(seconds * training.accelerator.num_processes, 4),
-        "peak_memory_mb": round(peak_memory_mb(), 1),
+        "peak_memory_mb": round(max(all_of(peak_memory_mb())), 1),
     }
-
-
-def make_accelerator(settings: Settings) -> Any:
-    """accelerate's Accelerator: processes, trackers, and the gradient scaler of fp16; the policy casts by itself."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    # accelerate has one precision for the whole process and no public way to another one; this is what its own tests use. Without it a
-    # second training with another precision, or one in a script that has an Accelerator of its own, is refused.
-    AcceleratorState._reset_state()
-    return Accelerator(
-        mixed_precision="fp16" if settings.precision == "fp16" else "no",
-        cpu=device_of(settings).type == "cpu",
-        log_with=list(settings.log) or None,
-        project_dir="runs",
-    )
-
-
-def one_for_all(value: str) -> str:
-    """The first process's value, in every process."""
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list([value])[0]

@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from diffalign.errors import InputError
+from diffalign.shards import draw_rows
 from diffalign.types import Level, NoisePath, Schedule
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
@@ -31,10 +32,15 @@ def diffuse(x_0: Tensor, noise: Tensor, at: Level) -> Tensor:
 def draw_noise(shape: torch.Size | tuple[int, ...], like: Tensor, rng: Generator | None = None) -> Tensor:
     """Standard normal noise of `shape`, drawn where the generator lives and moved to the dtype and device of `like`.
 
-    The run's generator lives on the CPU: the same seed gives the same noise on every device.
+    The run's generator lives on the CPU: the same seed gives the same noise on every device. The first axis is the batch: with several
+    processes each has its own rows of the noise of all.
     """
     device = torch.device("cpu") if rng is None else rng.device
-    return torch.randn(shape, generator=rng, device=device, dtype=like.dtype).to(like.device)
+
+    def draw(n: int) -> Tensor:
+        return torch.randn((n, *shape[1:]), generator=rng, device=device, dtype=like.dtype)
+
+    return draw_rows(shape[0], rng, draw).to(like.device)
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class VariancePreserving:
         """n levels uniform over the training timesteps; of an epsilon prediction without alpha 0, where its target is its input."""
         alpha_bar = self.scheduler.alphas_cumprod  # falls with t
         count = int((alpha_bar > 0).sum()) if self.prediction == "epsilon" else len(alpha_bar)
-        return self.level(torch.randint(count, (n,), generator=rng))
+        return self.level(draw_rows(n, rng, lambda n: torch.randint(count, (n,), generator=rng)))
 
     def target(self, x_0: Tensor, noise: Tensor, at: Level) -> Tensor:
         """What the network regresses to, (B, *latent)."""
@@ -136,7 +142,7 @@ class RectifiedFlow:
 
     def draw(self, n: int, rng: Generator | None = None) -> Level:
         """n levels, logit-normal in sigma (Stable Diffusion 3, arXiv 2403.03206, section 3.1) and shifted like the schedule."""
-        sigma = torch.sigmoid(torch.randn(n, generator=rng, dtype=torch.float64))
+        sigma = torch.sigmoid(draw_rows(n, rng, lambda n: torch.randn(n, generator=rng, dtype=torch.float64)))
         if self.scheduler.config.use_dynamic_shifting:
             return self.level(self.scheduler.time_shift(self.mu, 1.0, sigma))
         shift = float(self.scheduler.shift)

@@ -12,7 +12,8 @@ from torch import Generator, Tensor
 from diffalign.checks import check
 from diffalign.errors import InputError
 from diffalign.sampling import Kernel, ddim, replay, rollout
-from diffalign.types import Condition, Context, Examples, Policy, Prompts, Reward, Trajectory
+from diffalign.shards import everyone, held, of_scores
+from diffalign.types import ALONE, Condition, Context, Examples, Loss, Policy, Processes, Prompts, Reward, Trajectory
 
 
 def check_noise(method: Any) -> None:
@@ -32,9 +33,23 @@ class Part(NamedTuple):
     last: bool
 
 
+class Share(NamedTuple):
+    """The transitions (M,) of one optimiser step that this process has: which step and which row each is. M may be 0.
+
+    `total` is how many a process has on average: a sum over these divided by `total` is, averaged over the processes, the mean over all.
+    """
+
+    steps: Tensor
+    rows: Tensor
+    total: float
+
+
 @dataclass(frozen=True)
 class Round:
-    """N samples of one round: their trajectories, prompts and scores (N,).
+    """N samples of one round: their trajectories, prompts and scores (N,); with several processes, those that this one has sampled.
+
+    What is drawn of a round, such as the samples of an optimiser step, is drawn of all processes' rows, which are numbered as a single
+    process would number them (`diffalign.shards`); each then trains on those that it has.
 
     `size` is the rows of one rollout, and of one forward of the update: where the policy has not changed since, as many rows through the
     same network give the same bits, and the ratio of the first pass is exactly 1.
@@ -44,9 +59,28 @@ class Round:
     prompts: Prompts
     scores: Tensor
     size: int
+    processes: Processes = ALONE
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    @property
+    def total(self) -> int:
+        """Samples of all processes."""
+        return len(self) * self.processes.count
+
+    def everyone(self, x: Tensor) -> Tensor:
+        """(N, ...) of the round's rows as (total, ...); every process must call."""
+        return everyone(x, self.processes, self.size)
+
+    def share(self, steps: Tensor, rows: Tensor) -> Share:
+        """What this process has of transitions (M,) of all processes' rows."""
+        here, own = held(rows, self.processes, self.size)
+        return Share(steps[here], own[here], len(rows) / self.processes.count)
+
+    def nothing(self) -> Loss:
+        """The optimiser step of a process that has none of its transitions."""
+        return Loss(torch.zeros((), device=self.scores.device, requires_grad=True))
 
     @property
     def steps(self) -> Tensor:
@@ -58,10 +92,9 @@ class Round:
             raise InputError("No denoising step of a sample is random, so there are no actions: raise method.inference_steps.")
         return self.trajectory.actions.nonzero()[:, 0]
 
-    @property
     def metrics(self) -> dict[str, float]:
-        """What is logged of every round: the mean of the scores, and their deviation."""
-        return {"reward": float(self.scores.mean()), "reward_std": float(self.scores.std(correction=0))}
+        """What is logged of every round: the mean of all scores, and their deviation. Every process must call."""
+        return {name: float(value) for name, value in of_scores(self.scores, self.processes, self.size).items()}
 
     def old_log_probs(self, part: Part) -> Tensor:
         """(count,) log-probabilities of a part's transitions under the policy that sampled them."""
@@ -99,10 +132,13 @@ def sample_round(
                 trajectory = replace(trajectory, states=trajectory.states[-1:].clone())
             parts.append((trajectory, prompts, reward(policy.decode(trajectory.final), prompts)))
     trajectories, prompts, scores = zip(*parts, strict=True)
-    return Round(_joined(trajectories), _all(prompts), torch.cat(scores).to(trajectories[0].final.device), len(batch))
+    joined, where = _joined(trajectories), trajectories[0].final.device
+    return Round(joined, Prompts.join(prompts), torch.cat(scores).to(where), len(batch), context.processes)
 
 
-def stored_round(policy: Policy, pairs: Sequence[Examples], random_steps: int | None = None) -> tuple[Round, float]:
+def stored_round(
+    policy: Policy, pairs: Sequence[Examples], random_steps: int | None = None, processes: Processes = ALONE
+) -> tuple[Round, float]:
     """Batches of stored trajectories that were judged, as a round of two samples a prompt, and their eta.
 
     The preferred sample scores 1, the other one 0. The log-probabilities under the policy that sampled are not known, and 0. Of the random
@@ -118,7 +154,7 @@ def stored_round(policy: Policy, pairs: Sequence[Examples], random_steps: int | 
     log_probs = torch.zeros(states.shape[0] - 1, states.shape[1], device=states.device, dtype=dtype)
     scores = torch.cat([torch.full((len(pair),), float(states is pair.x_0)) for pair, states in sides]).to(states.device)
     trajectory = Trajectory(states, log_probs, actions, taken.schedule, condition)
-    return Round(trajectory, _all(tuple(pair.prompts for pair, _ in sides)), scores, len(pairs[0])), taken.eta
+    return Round(trajectory, Prompts.join([pair.prompts for pair, _ in sides]), scores, len(pairs[0]), processes), taken.eta
 
 
 def _joined(trajectories: tuple[Trajectory, ...]) -> Trajectory:
@@ -132,16 +168,6 @@ def _joined(trajectories: tuple[Trajectory, ...]) -> Trajectory:
     )
 
 
-def _all(prompts: tuple[Prompts, ...]) -> Prompts:
-    first = prompts[0]
-    return Prompts(
-        tuple(text for p in prompts for text in p.text),
-        None if first.image is None else torch.cat([p.image for p in prompts if p.image is not None]),
-        None if first.mask is None else torch.cat([p.mask for p in prompts if p.mask is not None]),
-        None if first.metadata is None else tuple(m for p in prompts for m in p.metadata or ()),
-    )
-
-
 def parts(steps: Tensor, rows: Tensor, size: int) -> Iterator[Part]:
     """Transitions (M,) in parts of exactly `size`; the last one is filled up with its own first ones."""
     for i in range(0, len(steps), size):
@@ -150,23 +176,23 @@ def parts(steps: Tensor, rows: Tensor, size: int) -> Iterator[Part]:
         yield Part(s[filled], r[filled], len(s), i + size >= len(steps))
 
 
-def shares(round_: Round, updates: int, fraction: float, rng: Generator) -> list[tuple[Tensor, Tensor]]:
+def shares(round_: Round, updates: int, fraction: float, rng: Generator) -> list[Share]:
     """The round's transitions for `updates` optimiser steps: each gets its own samples, at a random `fraction` of their steps.
 
     Samples are shuffled, and so is each one's order of steps, as in DDPO's reference code. Raises InputError where there are fewer samples
     than updates.
     """
-    if updates > len(round_):
+    if updates > round_.total:
         raise InputError(
-            f"{updates} optimiser steps cannot share the {len(round_)} samples of a round: lower method.updates, or raise batch_size or "
+            f"{updates} optimiser steps cannot share the {round_.total} samples of a round: lower method.updates, or raise batch_size or "
             "method.batches."
         )
     actions = round_.steps
     keep = max(1, round(fraction * len(actions)))
-    out: list[tuple[Tensor, Tensor]] = []
-    for rows in torch.randperm(len(round_), generator=rng).tensor_split(updates):
+    out: list[Share] = []
+    for rows in torch.randperm(round_.total, generator=rng).tensor_split(updates):
         chosen = torch.stack([actions[torch.randperm(len(actions), generator=rng)[:keep]] for _ in rows], 1)  # (keep, rows)
-        out.append((chosen.flatten(), rows.repeat(keep)))
+        out.append(round_.share(chosen.flatten(), rows.repeat(keep)))
     return out
 
 
@@ -183,28 +209,30 @@ def greedy_scores(policy: Policy, reward: Reward, round_: Round, steps: int) -> 
 
 
 def best_and_worst(round_: Round, batches: int, samples: int) -> tuple[Tensor, Tensor]:
-    """Rows of each prompt's best and worst sample, both (P,) on the CPU; prompts whose samples are worth the same are left out."""
-    rows = torch.arange(len(round_)).unflatten(0, (batches, samples, -1)).movedim(1, -1).flatten(0, 1)  # (prompts, samples)
-    scores = round_.scores.cpu()[rows]
+    """Rows of each prompt's best and worst sample, both (P,) on the CPU; prompts whose samples are worth the same are left out.
+
+    They are numbers of all processes' rows; every process must call.
+    """
+    rows = torch.arange(round_.total).unflatten(0, (batches, samples, -1)).movedim(1, -1).flatten(0, 1)  # (prompts, samples)
+    scores = round_.everyone(round_.scores).cpu()[rows]
     (high, best), (low, worst) = scores.max(1), scores.min(1)
     differ = high > low
     prompt = torch.arange(len(rows))
     return rows[prompt, best][differ], rows[prompt, worst][differ]
 
 
-def nothing_differs(count: int, like: Tensor, context: Context, *, wanted: int = 1, most: int = 10) -> bool:
-    """Whether a process has fewer than `wanted` things to train on, `count`, all of prompts whose samples differ in reward: all pass the
-    round over then. `wanted` is one for each optimiser step that shares them.
+def nothing_differs(count: int, context: Context, *, wanted: int = 1, most: int = 10) -> bool:
+    """Whether all processes together have fewer than `wanted` things to train on, `count`, all of prompts whose samples differ in reward:
+    the round is passed over then. `wanted` is one for each optimiser step that shares them.
 
     Raises InputError after `most` such rounds on end.
     """
-    fewest = int(context.processes.gather(torch.tensor([count], device=like.device)).min())
-    empty = fewest < wanted
+    empty = count < wanted
     context.memory["empty_rounds"] = context.memory.get("empty_rounds", 0) + 1 if empty else 0
     if context.memory["empty_rounds"] >= most:
-        if fewest > 0:
+        if count > 0:
             raise InputError(
-                f"In {most} rounds on end too few samples of a prompt differed in reward: the last one's have {fewest} transitions, for "
+                f"In {most} rounds on end too few samples of a prompt differed in reward: the last one's have {count} transitions, for "
                 f"{wanted} optimiser steps. Lower method.updates, or raise batch_size, method.batches or method.samples."
             )
         raise InputError(f"In {most} rounds on end no two samples of a prompt differed in reward. Is it constant? diffalign check")

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVa
 from diffalign.errors import InputError
 from diffalign.noise import RectifiedFlow, diffuse, draw_noise, spread
 from diffalign.objectives.policy_gradient import gaussian_kl
+from diffalign.shards import draw_rows
 from diffalign.types import Condition, Examples, Level, NoisePath, Policy, Prompts, Schedule, Trajectory
 
 Reduce = Literal["mean", "sum"]
@@ -226,7 +227,7 @@ def replay(policy: Policy, trajectory: Trajectory, steps: Tensor, rows: Tensor, 
 
 def without_some_text(policy: Policy, prompts: Prompts, share: float, rng: Generator) -> Condition:
     """The condition of prompts of which a random `share` is empty, without guidance: what keeps guidance working in training."""
-    draws = torch.rand(len(prompts), generator=rng)
+    draws = draw_rows(len(prompts), rng, lambda n: torch.rand(n, generator=rng))
     texts = tuple("" if float(u) < share else text for text, u in zip(prompts.text, draws, strict=True))
     return policy.encode(replace(prompts, text=texts)).unguided()
 

@@ -23,8 +23,9 @@ from diffalign.errors import InputError
 from diffalign.evaluate import evaluate, implicit_accuracy, sample, sheet
 from diffalign.flags import flat
 from diffalign.inputs import Data, check_reward, eval_rewards, given_prompts, open_data, prompt_lists
-from diffalign.loop import Training, make_accelerator, one_for_all, prepare, train
+from diffalign.loop import Training, prepare, train
 from diffalign.models import adapter_of, make_policy, prepare_to_train
+from diffalign.processes import failed_before, make_accelerator, one_for_all
 from diffalign.report import curve
 from diffalign.run import Run
 from diffalign.settings import LIVE
@@ -68,7 +69,7 @@ def start(
         policy.path.schedule(steps)
     prepare_to_train(policy, settings)
     if accelerator.is_main_process:
-        run = Run.create(path, plan.config(), live)
+        run = Run.create(path, {**plan.config(), "processes": accelerator.num_processes}, live)
         run.write_prompts("train", train_prompts)
         run.write_prompts("heldout", held_out)
     accelerator.wait_for_everyone()
@@ -91,6 +92,7 @@ def resume(path: str | Path, steps: int | None = None, pipe: Any = None, reward:
         plan = replace(plan, settings=replace(plan.settings, steps=steps))
     state, _ = run.newest_checkpoint()  # before the model is loaded
     accelerator = make_accelerator(plan.settings)
+    plan = _of_as_many(plan, state["batch_size"], accelerator.num_processes)
     rewards = eval_rewards(plan)
     policy = make_policy(plan.settings, pipe, train=False)
     data = open_data(plan, policy, accelerator)
@@ -101,6 +103,16 @@ def resume(path: str | Path, steps: int | None = None, pipe: Any = None, reward:
         if steps is not None and accelerator.is_main_process:
             run.write_config({**run.config, "steps": steps})
         return drive(plan, run, policy, rewards, accelerator, data, resume=True)
+
+
+def _of_as_many(plan: Plan, batch_size: int, processes: int) -> Plan:
+    """The plan with the batch of its run, `batch_size` samples, shared by another number of processes."""
+    if batch_size % processes:
+        fit = ", ".join(str(n) for n in range(1, batch_size + 1) if batch_size % n == 0)
+        raise InputError(
+            f"The run has {batch_size} samples in a batch of all its processes, which {processes} cannot share: resume it with {fit}."
+        )
+    return replace(plan, settings=replace(plan.settings, batch_size=batch_size // processes))
 
 
 def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accelerator: Any, data: Data, resume: bool) -> Run:
@@ -153,7 +165,9 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
             console.print(comparison(results))
         run.save_picture("curve.png", curve({run.path.name: run.metrics}))
         say(f'Run: {run.path}   Again: diffalign sample {run.path} --prompt "{text_of(shown[0])}"')
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.wait_for_everyone()  # the run is whole when the first process has written it
     if run.live is not None:
         policy.release()
     return Run(run.path, run.live, policy if run.live is not None else None)
@@ -172,9 +186,10 @@ def _steps(plan: Plan, run: Run, policy: Any, training: Training, shown: list[Pr
         run.save_picture(f"samples/step-{step:06d}.png", sheet([(f"step {step}", images)], shown))
 
     def checkpoint() -> None:
-        state = training.state()  # every process gives its generator
+        state = training.state()  # of all processes
         if main:
             run.save_checkpoint(training.context.step, state, settings.keep_checkpoints)
+        accelerator.wait_for_everyone()  # the launcher ends them all once one has stopped
 
     if training.context.step == 0:
         if main:
@@ -259,9 +274,11 @@ def _signals() -> Iterator[list[int]]:
 
     def note(signum: int, frame: Any) -> None:
         caught.append(signum)
-        say("Stopping after this step, to save. Once more stops at once, and keeps the last checkpoint.")
         for number, handler in before.items():
             signal.signal(number, handler)
+        if failed_before():  # the launcher ends the other processes: there is no step to wait for
+            signal.raise_signal(signum)
+        say("Stopping after this step, to save. Once more stops at once, and keeps the last checkpoint.")
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -79,6 +79,17 @@ class Prompts:
             metadata=None if self.metadata is None else tuple(self.metadata[i] for i in at),
         )
 
+    @staticmethod
+    def join(parts: Sequence[Prompts]) -> Prompts:
+        """One batch of several, in their order. All have the same fields."""
+        first = parts[0]
+        return Prompts(
+            tuple(text for part in parts for text in part.text),
+            None if first.image is None else torch.cat([part.image for part in parts if part.image is not None]),
+            None if first.mask is None else torch.cat([part.mask for part in parts if part.mask is not None]),
+            None if first.metadata is None else tuple(m for part in parts for m in part.metadata or ()),
+        )
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -172,7 +183,10 @@ class Examples:
 
 @dataclass(frozen=True)
 class Loss:
-    """One micro-batch's loss. `value` is a scalar with a graph; `metrics` are logged; `update`: it completes an optimiser step."""
+    """One micro-batch's loss. `value` is a scalar with a graph; `metrics` are logged; `update`: it completes an optimiser step.
+
+    Gradients are averaged over the processes; each yields as many losses with `update`.
+    """
 
     value: Tensor
     metrics: Mapping[str, Tensor | float] = field(default_factory=dict[str, Tensor | float])
@@ -215,18 +229,22 @@ class Alone:
         return x
 
 
+ALONE = Alone()
+
+
 @dataclass
 class Context:
     """What a method may touch besides policy, reward and batch.
 
-    `rng` is the run's own generator, on the CPU. `more` gives the next batch of the run's stream, for methods that want several at
-    once; `examples` the next one of the data of a method that trains on prompts and takes data besides. `memory` is named state that
-    lives through the training and is saved in checkpoints: tensors, numbers, strings, and lists and dicts of those. It must be the
-    same in every process.
+    `rng` is the run's own generator, on the CPU, of the same state in every process: rows of a batch are drawn with `draw_noise` or
+    `diffalign.shards.draw_rows`, which give each process its own. `more` gives the next batch of the run's stream, for methods that want
+    several at once; `examples` the next one of the data of a method that trains on prompts and takes data besides. `memory` is named
+    state that lives through the training and is saved in checkpoints: tensors, numbers, strings, and lists and dicts of those. It must
+    be the same in every process.
     """
 
     rng: Generator
-    processes: Processes = Alone()
+    processes: Processes = ALONE
     more: Callable[[], Any] | None = None
     examples: Callable[[], Examples] | None = None
     memory: dict[str, Any] = field(default_factory=dict[str, Any])

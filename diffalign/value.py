@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from diffalign.types import Condition
+from diffalign.types import Condition, Processes
 
 
 class Value(nn.Module):
@@ -75,13 +75,16 @@ class Critic:
         """(B,) values, in the reward's own units."""
         return self.network(x, t, context) * self.std + self.mean
 
-    def fit(self, x: Tensor, t: Tensor, context: Tensor, target: Tensor, processes: Any) -> float:
-        """One step towards targets (B,), averaged over the processes; the mean squared error in units of the reward's variance."""
-        error = (self.network(x, t, context) - (target.float() - self.mean) / self.std).square().mean()
+    def fit(self, x: Tensor, t: Tensor, context: Tensor, target: Tensor, total: float, processes: Processes) -> float:
+        """One step towards targets (B,) of all processes, which have `total` on average.
+
+        The mean squared error, in units of the reward's variance. Every process must call, with or without targets of its own.
+        """
+        error = (self.network(x, t, context) - (target.float() - self.mean) / self.std).square().sum() / total
         self.optimizer.zero_grad()
         error.backward()
         for p in self.network.parameters():
             assert p.grad is not None
             p.grad = processes.gather(p.grad[None]).mean(0)
         self.optimizer.step()
-        return float(error.detach())
+        return float(processes.gather(error.detach()[None]).mean())

@@ -30,8 +30,9 @@ import diffalign
 from diffalign.config import Plan, resolve
 from diffalign.data import PromptList, read_prompts, text_of
 from diffalign.inputs import open_data
-from diffalign.loop import make_accelerator, prepare, train
+from diffalign.loop import prepare, train
 from diffalign.models import load_pipeline, make_policy, prepare_to_train
+from diffalign.processes import make_accelerator
 from diffalign.types import Prompts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from diffalign.errors import InputError
 from diffalign.methods.d3po import D3PO
 from diffalign.rounds import Round, sample_round
 from diffalign.sampling import ddim
+from diffalign.shards import Shared
 from diffalign.types import Loss, Processes, Prompts
 
 ONE = Prompts(("0.5",))
@@ -145,15 +147,20 @@ def test_rounds_with_fewer_transitions_than_updates_are_passed_over_and_at_last_
     assert len(list(d3po(updates=4).losses(a_toy(), only_of_two, FOUR, context))) == 4
 
 
-def test_where_one_process_has_no_pair_all_pass_the_round_over():
-    """They would wait for its gradient for ever."""
+def test_where_one_process_has_no_pair_it_takes_the_steps_all_the_same():
+    """The others would wait for its gradient for ever."""
     constant = reward(differentiable=False)(lambda media, prompts: torch.ones(len(media)))
 
-    def a_process(processes: Processes) -> tuple[int, Any]:
-        context = a_context(FOUR, processes=processes)
-        return len(list(d3po().losses(a_toy(), [nearness, constant][processes.rank], FOUR, context))), context.memory
+    def a_process(processes: Processes) -> tuple[list[float], int, list[Any]]:
+        context = replace(a_context(FOUR, processes=processes), rng=Shared(processes).manual_seed(0))
+        ours = list(d3po(updates=2).losses(a_toy(), [nearness, constant][processes.rank], FOUR, context))
+        return [float(loss.value.detach()) for loss in ours], sum(loss.update for loss in ours), [loss.metrics.get("ties") for loss in ours]
 
-    assert in_processes(a_process) == [(0, {"empty_rounds": 1})] * 2
+    (first, updates, ties), (second, its_updates, others) = in_processes(a_process)
+    assert updates == its_updates == 2
+    # each of the 8 transitions counts log 2, over the 4 that a process has on average
+    assert (sum(first), second) == (pytest.approx(2 * 2 * math.log(2)), [0.0, 0.0])
+    assert (ties, others) == ([0.5] * len(first), [None, None])
 
 
 @pytest.mark.parametrize(("to_one", "updates"), [(True, 2), (False, 3)])

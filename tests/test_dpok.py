@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from diffalign.methods.dpok import DPOK
 from diffalign.pipelines.stable_diffusion import StableDiffusion
 from diffalign.rounds import Round, sample_round
 from diffalign.sampling import ddim
+from diffalign.shards import Shared
 from diffalign.types import Context, Loss, Processes, Prompts
 from diffalign.value import Critic, Value, pooled
 
@@ -248,7 +250,7 @@ def test_the_value_network_survives_a_checkpoint(tmp_path: Path):
 def test_two_processes_have_one_value_network():
     def rounds(processes: Processes) -> dict[str, Any]:
         policy = a_toy()
-        context = a_context(PROMPTS, seed=processes.rank, processes=processes)
+        context = replace(a_context(PROMPTS, processes=processes), rng=Shared(processes).manual_seed(0))
         for _ in range(3):
             losses(policy, context)
         return context.memory["value"]
@@ -270,7 +272,7 @@ def test_a_value_step_in_two_processes_is_one_on_both_batches():
         critic = Critic(x, words, 1e-2, None)
         torch.nn.init.constant_(critic.network.layers[-1].get_parameter("weight"), 0.1)  # new, it is 0, and stops the gradient
         critic.rescale(target)
-        critic.fit(x[rows], t[rows], words[rows], target[rows], processes)
+        critic.fit(x[rows], t[rows], words[rows], target[rows], 8 / processes.count, processes)
         return [p.grad for p in critic.network.parameters() if p.grad is not None]
 
     halves = in_processes(lambda p: slopes(p, slice(4 * p.rank, 4 * p.rank + 4)))

@@ -17,11 +17,12 @@ from diffalign.contract import CheckedReward, FunctionReward
 from diffalign.data import PromptList
 from diffalign.errors import InputError
 from diffalign.evaluate import sample
-from diffalign.loop import Row, Training, make_accelerator, prepare, train
+from diffalign.loop import Row, Training, prepare, train
 from diffalign.lora import LoRA
 from diffalign.methods.draft import DRaFT
 from diffalign.models import make_policy
 from diffalign.pipelines.stable_diffusion import StableDiffusion
+from diffalign.processes import make_accelerator
 from diffalign.settings import Settings
 from diffalign.types import Context, Loss, Needs, Policy, Prompts, Reward
 

@@ -227,7 +227,7 @@ def test_two_processes_share_the_base_models_samples():
         return context.memory["pretrain"]
 
     first, second = in_processes(a_process)
-    assert first["prompts"] == second["prompts"] == ["1", "2.25", "1", "2.25", "-1.5", "", "-1.5", ""]
+    assert first["prompts"] == second["prompts"] == ["1", "2.25", "-1.5", "", "1", "2.25", "-1.5", ""]
     assert torch.equal(first["x_0"], second["x_0"])
     assert len(first["x_0"].unique(dim=0)) == 8
 

@@ -11,6 +11,7 @@ from torch import Generator
 
 from diffalign.checks import at_least, check
 from diffalign.sampling import ddim, rollout
+from diffalign.shards import of_scores
 from diffalign.types import Context, Loss, Needs, Policy, Prompts, Reward
 
 
@@ -63,7 +64,7 @@ class AlignProp:
         )
         scores = reward(policy.decode(trajectory.final), batch)
         loss = -scores if self.loss == "reward" else 0.01 * (scores - 10).abs()
-        yield Loss(loss.mean(), {"reward": scores.mean().detach(), "reward_std": scores.std(correction=0).detach(), "k": float(k)})
+        yield Loss(loss.mean(), of_scores(scores, context.processes) | {"k": float(k)})
 
     def _draw(self, rng: Generator) -> int:
         """K, the number of steps with a gradient."""

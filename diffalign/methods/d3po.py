@@ -63,35 +63,39 @@ class D3PO:
 
     def losses(self, policy: Policy, reward: Reward | None, batch: Prompts | Examples, context: Context) -> Iterator[Loss]:
         if isinstance(batch, Examples):
-            round_, eta = stored_round(policy, context.batches(batch, self.batches), self.random_steps)
-            self._check_updates(self.batches * len(batch) * len(round_.steps))
+            round_, eta = stored_round(policy, context.batches(batch, self.batches), self.random_steps, context.processes)
+            self._check_updates(self.batches * len(batch) * len(round_.steps), context)
             samples, about = 2, dict[str, float]()
         else:
             assert reward is not None
             round_, eta, samples = self._sample(policy, reward, batch, context), self.eta, self.samples
-            about = round_.metrics
+            about = round_.metrics()
         kernel = noisy(policy.path, eta)
         base = reference_log_probs(policy, round_, kernel)
         won, lost = best_and_worst(round_, self.batches, samples)
-        about["ties"] = 1 - len(won) / (len(round_) / samples)
-        if nothing_differs(len(won) * len(round_.steps), base, context, wanted=self.updates):
+        about["ties"] = 1 - len(won) / (round_.total / samples)
+        if nothing_differs(len(won) * len(round_.steps), context, wanted=self.updates):
             return
         every = torch.cartesian_prod(round_.steps, torch.arange(len(won)))
         every = every[torch.randperm(len(every), generator=context.rng)]
         low, high = math.log(1 - self.ratio_clip), math.log(1 + self.ratio_clip)
         half = max(1, round_.size // 2)  # a forward holds both sides
-        for share in every.tensor_split(self.updates):
-            for part in parts(share[:, 0], share[:, 1], half):
-                steps, rows = part.steps.repeat(2), torch.cat([won[part.rows], lost[part.rows]])
+        for chosen in every.tensor_split(self.updates):
+            # both samples of a prompt are in one process
+            better, worse = (round_.share(chosen[:, 0], side[chosen[:, 1]]) for side in (won, lost))
+            if len(better.rows) == 0:
+                yield round_.nothing()
+            for part in parts(better.steps, torch.arange(len(better.rows)), half):
+                steps, rows = part.steps.repeat(2), torch.cat([better.rows[part.rows], worse.rows[part.rows]])
                 ratio = replay(policy, round_.trajectory, steps, rows, kernel).log_prob - base[steps, rows]
-                better, worse = ratio.clamp(low, high).unflatten(0, (2, half))[:, : part.count]
-                margin = better - worse
+                liked, disliked = ratio.clamp(low, high).unflatten(0, (2, half))[:, : part.count]
+                margin = liked - disliked
                 loss = preference(margin, beta=self.beta, kind=self.loss)
                 metrics = {**about, "implicit_accuracy": wins(margin).mean(), "margin": margin.detach().mean()}
-                yield Loss(loss.sum() / len(share), metrics, update=part.last)
+                yield Loss(loss.sum() / better.total, metrics, update=part.last)
 
     def _sample(self, policy: Policy, reward: Reward, batch: Prompts, context: Context) -> Round:
-        self._check_updates(self.batches * len(batch) * (self.random_steps or self.inference_steps))  # before anything is sampled
+        self._check_updates(self.batches * len(batch) * (self.random_steps or self.inference_steps), context)  # before anything is sampled
         return sample_round(
             policy,
             reward,
@@ -104,7 +108,8 @@ class D3PO:
             random_steps=self.random_steps,
         )
 
-    def _check_updates(self, most: int) -> None:
+    def _check_updates(self, each: int, context: Context) -> None:
+        most = each * context.processes.count
         if self.updates > most:
             raise InputError(
                 f"{self.updates} optimiser steps cannot share the {most} transitions that the pairs of a round have at most: lower "

@@ -109,18 +109,21 @@ class DDPO:
             round_.scores,
             round_.prompts.keys,
             context,
+            size=round_.size,
             greedy=greedy,
             clip=self.advantage_clip,
             buffer=self.buffer,
             least=self.least,
         )
-        about = round_.metrics
-        if self.kl_weight == 0 and nothing_differs(int(gains.count_nonzero()), gains, context):
+        about = round_.metrics()
+        if self.kl_weight == 0 and nothing_differs(int(round_.everyone(gains).count_nonzero()), context):
             return
         stale = False
         for _ in range(self.inner_epochs):
-            for steps, rows in shares(round_, self.updates, self.fraction, context.rng):
-                for part in parts(steps, rows, round_.size):
+            for share in shares(round_, self.updates, self.fraction, context.rng):
+                if len(share.rows) == 0:
+                    yield round_.nothing()
+                for part in parts(share.steps, share.rows, round_.size):
                     now = replay(policy, round_.trajectory, part.steps, part.rows, kernel)
                     log_prob, old = now.log_prob[: part.count], round_.old_log_probs(part)
                     change = (log_prob - old).detach()
@@ -138,7 +141,7 @@ class DDPO:
                             base = replay(policy, round_.trajectory, part.steps, part.rows, kernel)
                         kl = now.action.kl(base.action)[: part.count]
                         loss, metrics["kl"] = loss + self.kl_weight * kl, kl.detach().mean()
-                    yield Loss(loss.sum() / len(steps), metrics, update=part.last)
+                    yield Loss(loss.sum() / share.total, metrics, update=part.last)
                 stale = True
 
     def _window(self, rng: Generator) -> int | range | None:

@@ -42,7 +42,7 @@ class DPOK:
     value_steps: int = 5
     """Optimiser steps of the value network in a round."""
     value_batch: int = 256
-    """Transitions of a value step."""
+    """Transitions of a value step, of all processes together."""
     value_learning_rate: float = 1e-4
     """Of the value network's AdamW."""
     baseline: Literal["value", "none"] = "value"
@@ -85,19 +85,22 @@ class DPOK:
             kernel=kernel,
             random_steps=self.random_steps,
         )
-        about = round_.metrics
+        about = round_.metrics()
         returns = round_.scores
         if self.kl_mode == "reward" and self.kl_weight > 0:
             ratio = (round_.trajectory.log_probs - reference_log_probs(policy, round_, kernel))[round_.steps]
             # the gradient of `now.log_prob` has 1 / D already, as that of the KL in the loss: the reward takes the density's own ratio
             dimensions = round_.trajectory.final[0].numel()
             returns = returns - self.kl_weight / self.reward_weight * dimensions * ratio.sum(0)
-            about["kl"] = float(ratio.mean())
+            about["kl"] = float(context.processes.gather(ratio.mean()[None]).mean())
         values = self._fit(round_, returns, context, about) if self.baseline == "value" else torch.zeros_like(round_.trajectory.log_probs)
-        every = torch.cartesian_prod(round_.steps, torch.arange(len(round_)))
+        every = torch.cartesian_prod(round_.steps, torch.arange(round_.total))
         for update in range(self.policy_steps):
-            drawn = every[torch.randperm(len(every), generator=context.rng)[: self.forwards * round_.size]]
-            for part in parts(drawn[:, 0], drawn[:, 1], round_.size):
+            wanted = self.forwards * round_.size * context.processes.count
+            share = round_.share(*every[torch.randperm(len(every), generator=context.rng)[:wanted]].unbind(1))
+            if len(share.rows) == 0:
+                yield round_.nothing()
+            for part in parts(share.steps, share.rows, round_.size):
                 now = replay(policy, round_.trajectory, part.steps, part.rows, kernel)
                 log_prob, old = now.log_prob[: part.count], round_.old_log_probs(part)
                 change = (log_prob - old).detach()
@@ -115,18 +118,20 @@ class DPOK:
                     kl = now.action.kl(base.action) if gaussian else ((now.noise - base.noise) ** 2).flatten(1).mean(1)
                     kl = kl[: part.count]
                     loss, metrics["kl"] = loss + self.kl_weight * kl, kl.detach().mean()
-                yield Loss(loss.sum() / len(drawn), metrics, update=part.last)
+                yield Loss(loss.sum() / share.total, metrics, update=part.last)
 
     def _fit(self, round_: Round, returns: Tensor, context: Context, about: dict[str, float]) -> Tensor:
         """(T, N) values of the round's states, after the value network's steps on them."""
         states, words = round_.trajectory.states, pooled(round_.trajectory.condition)
         times = (round_.trajectory.schedule.now.t / 1000).to(states.device, torch.float32)
         critic = Critic(states[0], words, self.value_learning_rate, context.memory.get("value"))
-        critic.rescale(context.processes.gather(returns))
+        critic.rescale(round_.everyone(returns))
         about["value_loss"] = 0.0
         for _ in range(self.value_steps):
-            i = round_.steps[torch.randint(len(round_.steps), (self.value_batch,), generator=context.rng)].to(states.device)
-            b = torch.randint(len(round_), (self.value_batch,), generator=context.rng).to(states.device)
-            about["value_loss"] += critic.fit(states[i, b], times[i], words[b], returns[b], context.processes) / self.value_steps
+            steps = round_.steps[torch.randint(len(round_.steps), (self.value_batch,), generator=context.rng)]
+            share = round_.share(steps, torch.randint(round_.total, (self.value_batch,), generator=context.rng))
+            i, b = share.steps.to(states.device), share.rows.to(states.device)
+            fitted = critic.fit(states[i, b], times[i], words[b], returns[b], share.total, context.processes)
+            about["value_loss"] += fitted / self.value_steps
         context.memory["value"] = critic.state()
         return torch.stack([critic(x, t.expand(len(x)), words) for x, t in zip(states[:-1], times, strict=True)])

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffalign.checks import at_least, check, zero_or_more
 from diffalign.noise import diffuse, draw_noise
 from diffalign.sampling import ddim, rollout, transition
+from diffalign.shards import of_scores
 from diffalign.types import Condition, Context, Loss, Needs, Policy, Prompts, Reward, Trajectory
 
 
@@ -58,7 +59,7 @@ class DRaFT:
         )
         scores = reward(policy.decode(trajectory.final), batch)
         loss = -share * scores.mean()
-        metrics: dict[str, Tensor | float] = {"reward": scores.mean().detach(), "reward_std": scores.std(correction=0).detach()}
+        metrics: dict[str, Tensor | float] = of_scores(scores, context.processes)
         if self.reference_weight > 0:
             drift = _drift(policy, trajectory, condition).mean()
             loss = loss + self.reference_weight * drift

@@ -14,6 +14,7 @@ from diffalign.errors import InputError
 from diffalign.noise import draw_noise
 from diffalign.objectives.weighting import effective_sample_size, exponential_weights
 from diffalign.sampling import denoising_error
+from diffalign.shards import draw_rows, everyone, of_scores, own
 from diffalign.types import Condition, Context, EditingPolicy, Examples, Level, Loss, Needs, Prompts
 
 WORDS = ("one", "two", "three", "four", "five")
@@ -77,15 +78,15 @@ class HIVE:
             )
         parts: list[Examples] = context.batches(batch, self.forwards)
         scores = torch.stack([_scores(part) for part in parts])  # (forwards, B)
-        everyone = context.processes.gather(scores[None]).to(scores.device)  # (processes, forwards, B)
+        every = everyone(scores.flatten(), context.processes, len(batch))
         weights, levels = torch.ones_like(scores), torch.zeros_like(scores)
-        about: dict[str, Tensor | float] = {"reward": scores.mean(), "reward_std": scores.std(correction=0)}
+        about = of_scores(scores.flatten(), context.processes, len(batch))
         if self.variant == "weighted":
-            flat = exponential_weights(everyone.flatten(), beta=self.beta, cap=self.cap)
-            weights = flat.view_as(everyone)[context.processes.rank]
+            flat = exponential_weights(every, beta=self.beta, cap=self.cap)
+            weights = own(flat, context.processes, len(batch)).view_as(scores)
             about |= {"effective_sample_size": effective_sample_size(flat) / len(flat), "largest_weight": flat.max()}
         else:
-            levels = _levels(scores, everyone, context)
+            levels = _levels(scores, every, context)
             about["level"] = levels.float().mean() + 1
         for i, part in enumerate(parts):
             graded = levels[i].tolist() if self.variant == "conditional" else None
@@ -99,7 +100,7 @@ class HIVE:
     def _condition(self, policy: EditingPolicy, prompts: Prompts, levels: list[int] | None, context: Context) -> Condition:
         """Without guidance; some instructions empty, some sources left out, some of both (InstructPix2Pix, arXiv 2211.09800)."""
         texts = prompts.text if levels is None else tuple(t + PHRASE.format(WORDS[i]) for t, i in zip(prompts.text, levels, strict=True))
-        u = torch.rand(len(prompts), generator=context.rng)
+        u = draw_rows(len(prompts), context.rng, lambda n: torch.rand(n, generator=context.rng))
         both, text, image = self.drop_both, self.drop_both + self.drop_text, self.drop_both + self.drop_text + self.drop_image
         texts = tuple("" if nothing else text for text, nothing in zip(texts, (u < text).tolist(), strict=True))
         condition = policy.encode(replace(prompts, text=texts)).unguided()
@@ -117,9 +118,9 @@ def _of_v(at: Level) -> Tensor:
     return (1 / at.alpha**2).clamp(max=40) * (5 * at.sigma**2 / at.alpha**2).clamp(max=1)
 
 
-def _levels(scores: Tensor, everyone: Tensor, context: Context) -> Tensor:
+def _levels(scores: Tensor, every: Tensor, context: Context) -> Tensor:
     """Levels 0 to 4 of the scores: in which fifth of all scores seen lately each lies; equal scores have the higher level of theirs."""
-    seen = torch.cat([torch.tensor(context.memory.get("scores", [])), everyone.flatten().cpu()])[-REMEMBERED:]
+    seen = torch.cat([torch.tensor(context.memory.get("scores", [])), every.cpu()])[-REMEMBERED:]
     context.memory["scores"] = seen.tolist()
     not_better = (seen <= scores.cpu()[..., None]).sum(-1)  # at least 1: each was seen itself
     return (len(WORDS) * not_better - 1) // len(seen)

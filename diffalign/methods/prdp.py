@@ -69,7 +69,7 @@ class PRDP:
             kernel=kernel,
             random_steps=self.random_steps,
         )
-        about = round_.metrics
+        about = round_.metrics()
         base = reference_log_probs(policy, round_, kernel)
         old = torch.where(round_.trajectory.actions[:, None].to(base.device), round_.trajectory.log_probs, 0) - base
         every = torch.cartesian_prod(round_.steps, torch.arange(len(round_)))

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffalign.checks import above_zero, at_least, check, finite, share, zero_or_more
 from diffalign.noise import draw_noise
 from diffalign.sampling import ddim, denoising_error, rollout, without_some_text
+from diffalign.shards import draw_rows, everyone, everyones_prompts, of_scores
 from diffalign.types import Context, Loss, Needs, Policy, Prompts, Reward
 
 
@@ -72,8 +73,7 @@ class ReFL:
         x_0, _ = policy.path.split(policy.predict(x_t, now, condition), x_t, now)
         scores = reward(policy.decode(x_0), batch)
         loss = self.reward_weight * (self.phi - scores).relu().mean()
-        metrics: dict[str, Tensor | float] = {"reward": scores.mean().detach(), "reward_std": scores.std(correction=0).detach()}
-        yield Loss(loss, metrics, update=self.pretrain_weight == 0)
+        yield Loss(loss, of_scores(scores, context.processes), update=self.pretrain_weight == 0)
         if self.pretrain_weight > 0:
             x_0, prompts = self._pretrain_batch(policy, batch, context)
             if self.drop_text > 0:
@@ -92,7 +92,7 @@ class ReFL:
         if "pretrain" not in context.memory:
             context.memory["pretrain"] = self._base_samples(policy, batch, context)
         pool = context.memory["pretrain"]
-        rows = torch.randint(len(pool["prompts"]), (len(batch),), generator=context.rng)
+        rows = draw_rows(len(batch), context.rng, lambda n: torch.randint(len(pool["prompts"]), (n,), generator=context.rng))
         x_0 = pool["x_0"][rows].to(next(policy.module.parameters()).device)
         sources = {name: pool[name][rows] for name in ("image", "mask") if name in pool}
         return x_0, Prompts(tuple(pool["prompts"][i] for i in rows.tolist()), **sources)
@@ -106,18 +106,7 @@ class ReFL:
                 rollout(policy, policy.encode(prompts), steps=self.inference_steps, kernel=ddim(0.0), rng=context.rng).final
                 for prompts in batches
             ]
-        x_0, texts = torch.cat(finals), [text for prompts in batches for text in prompts.text]
-        pool = {"x_0": context.processes.gather(x_0).cpu(), "prompts": _of_all_processes(texts, context, x_0.device)}
-        for name in ("image", "mask"):
-            sources = [vars(prompts)[name] for prompts in batches]
-            if sources[0] is not None:
-                pool[name] = context.processes.gather(torch.cat(sources).to(x_0.device)).cpu()
-        return pool
-
-
-def _of_all_processes(texts: list[str], context: Context, device: torch.device) -> list[str]:
-    """Every process's texts, in the order of `gather`, which takes tensors only: they go as bytes of one width."""
-    rows = [text.encode() for text in texts]
-    width = int(context.processes.gather(torch.tensor([max(map(len, rows))], device=device)).max())
-    padded = [list(row.ljust(max(width, 1), b"\0")) for row in rows]
-    return [bytes(row).rstrip(b"\0").decode() for row in context.processes.gather(torch.tensor(padded, device=device)).tolist()]
+        x_0 = everyone(torch.cat(finals), context.processes, len(batch))
+        prompts = everyones_prompts(Prompts.join(batches), context.processes, len(batch), x_0.device)
+        pool = {"x_0": x_0.cpu(), "prompts": list(prompts.text), "image": prompts.image, "mask": prompts.mask}
+        return {name: value for name, value in pool.items() if value is not None}

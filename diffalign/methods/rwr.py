@@ -17,6 +17,7 @@ from diffalign.noise import draw_noise
 from diffalign.objectives.weighting import effective_sample_size, exponential_weights
 from diffalign.rounds import best_and_worst, nothing_differs, sample_round
 from diffalign.sampling import ddim, denoising_error, without_some_text
+from diffalign.shards import draw_rows, everyones_prompts
 from diffalign.types import Context, Loss, Needs, Policy, Prompts, Reward
 
 
@@ -76,23 +77,24 @@ class RWR:
             kernel=ddim(self.eta),
             keep="final",
         )
-        about = round_.metrics
+        about = round_.metrics()
         if self.weighting == "best":
             usable, _ = best_and_worst(round_, self.batches, self.samples)
-            weights = torch.ones_like(round_.scores)
+            weights = torch.ones(round_.total, device=round_.scores.device)
         else:
-            gains = advantages("group", round_.scores, round_.prompts.keys, context, clip=float("inf"))
-            everyone = exponential_weights(context.processes.gather(gains), beta=self.beta, cap=self.cap)
-            weights = everyone.unflatten(0, (context.processes.count, -1))[context.processes.rank]
-            about["effective_sample_size"] = float(effective_sample_size(everyone)) / len(everyone)
-            usable = torch.arange(len(round_)) if bool(gains.any()) else torch.arange(0)
-        if nothing_differs(len(usable), weights, context):
+            gains = advantages("group", round_.scores, round_.prompts.keys, context, size=round_.size, clip=float("inf"))
+            weights = exponential_weights(round_.everyone(gains), beta=self.beta, cap=self.cap)
+            about["effective_sample_size"] = float(effective_sample_size(weights)) / len(weights)
+            usable = torch.arange(round_.total) if bool(round_.everyone(gains).any()) else torch.arange(0)
+        if nothing_differs(len(usable), context):
             return
-        x_0 = round_.trajectory.final
+        # A forward draws of the whole round, so every process has all its samples: only x_0 of each, no trajectories.
+        x_0 = round_.everyone(round_.trajectory.final)
+        prompts = everyones_prompts(round_.prompts, context.processes, round_.size, x_0.device)
         for _ in range(self.updates):
             for forward in range(self.forwards):
-                rows = usable[torch.randint(len(usable), (round_.size,), generator=context.rng)]
-                condition = without_some_text(policy, round_.prompts[rows], self.drop_text, context.rng)
+                rows = usable[draw_rows(round_.size, context.rng, lambda n: torch.randint(len(usable), (n,), generator=context.rng))]
+                condition = without_some_text(policy, prompts[rows], self.drop_text, context.rng)
                 x = x_0[rows.to(x_0.device)]
                 error = denoising_error(policy, x, draw_noise(x.shape, x, context.rng), policy.path.draw(len(x), context.rng), condition)
                 loss = (weights[rows.to(weights.device)].to(error) * error).mean() / self.forwards
