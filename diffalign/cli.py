@@ -23,6 +23,7 @@ COMMANDS = {
     "score": "score pictures that exist",
     "pairs": "preference pairs from a model's samples and a reward, for the offline methods",
     "edits": "a model's own edits, good and bad, for HIVE",
+    "export": "a run's LoRA as one file for AUTOMATIC1111, ComfyUI and the like",
     "compare": "finished runs side by side: rewards, KL, diversity, and what they took",
     "check": "preflight: would this training learn?",
     "list": "methods, rewards and pipelines, with what each needs",
@@ -114,8 +115,8 @@ def _dispatch(arguments: list[str]) -> int:
     if command != "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(f"diffalign {command} works in one process: start it without torchrun or accelerate.")
     run: Callable[[list[str]], int] = {
-        "train": _train, "sample": _sample, "eval": _eval, "score": _score, "pairs": _pairs, "edits": _edits, "compare": _compare,
-        "check": _check, "list": _list, "doctor": _doctor,
+        "train": _train, "sample": _sample, "eval": _eval, "score": _score, "pairs": _pairs, "edits": _edits, "export": _export,
+        "compare": _compare, "check": _check, "list": _list, "doctor": _doctor,
     }[command]  # fmt: skip
     return run(rest)
 
@@ -343,6 +344,20 @@ def _edits(arguments: list[str]) -> int:
     known = {field.name for field in fields(Settings)} - {"lora"}
     preset = {name: value for name, value in model_preset(chosen["pipeline"], "edits").items() if name in known}
     print(make_edits(Settings(**{**preset, **{k: v for k, v in chosen.items() if v is not None}}), output, samples))
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    parser = _parser("export", "diffalign export runs/NAME --output loras/NAME.safetensors")
+    parser.add_argument("run", help="the run folder")
+    parser.add_argument("--format", choices=["kohya"], default="kohya", help="kohya: lora_down, lora_up and alpha of each layer")
+    parser.add_argument("--output", metavar="FILE", help="a .safetensors file; by default RUN/NAME.safetensors")
+    parser.add_argument("--force", action="store_true", help="replace the file where it exists")
+    chosen = parser.parse_args(arguments)
+    _quiet()
+    from diffalign.run import Run
+
+    print(Run.open(chosen.run).export(chosen.output, force=chosen.force))
     return 0
 
 

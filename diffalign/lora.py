@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffalign import kohya
 from diffalign.errors import InputError
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -26,7 +27,7 @@ class LoRA:
     target_modules: list[str] | None = None
     """Names, or ends of names, of the layers to adapt; by default the attention projections."""
     init: str | None = None
-    """A LoRA to continue from: a folder or a .safetensors file that diffusers loads. Rank and alpha are then the file's."""
+    """A LoRA to continue from: a folder or a .safetensors file that diffusers loads, kohya's too. Rank and alpha are then the file's."""
 
     def __post_init__(self) -> None:
         if not self.rank >= 1:
@@ -72,7 +73,11 @@ def _load(pipe: Any, component: str, source: str) -> None:
         raise InputError(f"lora.init: {path} does not exist. Give a folder with {WEIGHTS}, or a .safetensors file.")
     folder, name = (path, WEIGHTS) if path.is_dir() else (path.parent, path.name)
     try:
-        pipe.load_lora_weights(str(folder), weight_name=name, adapter_name="default", local_files_only=True)
+        theirs = kohya.read(folder / name) if name.endswith(".safetensors") else None
+        if theirs is None:
+            pipe.load_lora_weights(str(folder), weight_name=name, adapter_name="default", local_files_only=True)
+        else:
+            pipe.load_lora_weights(theirs, adapter_name="default")
     except Exception as error:
         raise InputError(f"lora.init: {folder / name} is no LoRA that fits this pipeline ({error}).") from error
     others = sorted(set(pipe.get_list_adapters()) - {component})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from diffalign import registry
 from diffalign.errors import InputError, nearest
 from diffalign.settings import Settings
+from diffalign.sources import class_of, folder_of, pickled
 
 OPTIONS = (
     "image_guidance_scale",
@@ -51,27 +51,6 @@ def adapter_of(class_name: str) -> Any:
     return registry.find("pipelines", class_name)[0]
 
 
-def _index(source: str, revision: str | None) -> tuple[str, str]:
-    """Where to load from, and the pipeline's class name: from model_index.json, before any weights."""
-    path = registry.locate(source)
-    if path is not None:
-        index = path / "model_index.json"
-    else:
-        from huggingface_hub import hf_hub_download
-
-        try:
-            index = Path(hf_hub_download(source, "model_index.json", revision=revision))
-        except Exception as error:
-            raise InputError(
-                f"The model '{source}' could not be fetched ({type(error).__name__}). It is neither a folder here nor reachable on the "
-                "Hub: check the name, the revision, the network, and your login for a gated model (hf auth login)."
-            ) from error
-    try:
-        return source if path is None else str(path), json.loads(index.read_text())["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{index} is damaged: it names no pipeline class. Fetch or save the model again.") from error
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' and diffusers' loading bars, and their notices about packages that nobody asked for."""
@@ -95,22 +74,25 @@ def quiet() -> Iterator[None]:
             diffusers_logging.enable_progress_bar()
 
 
-def load_pipeline(source: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
-    """A diffusers pipeline from `shapes`, a folder or a Hub id; safetensors only. Raises InputError where it cannot.
-
-    Its VAE is in fp32, the rest in `dtype`.
-    """
-    where, class_name = _index(source, revision)
-    adapter_of(class_name)
+def class_named(name: str) -> Any:
+    """A pipeline class of diffusers by its name; raises InputError for one without an adapter, before diffusers is imported."""
+    adapter_of(name)
     with quiet():
         import diffusers
 
-        pipeline_class = getattr(diffusers, class_name)
+        return getattr(diffusers, name)
+
+
+def load_pipeline(source: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
+    """A diffusers pipeline from `shapes`, a folder or a Hub id. Raises InputError where it cannot, with what to do about it.
+
+    Its VAE is in fp32, the rest in `dtype`. Weights are safetensors, or .bin files that torch loads weights-only.
+    """
+    pipeline_class = class_named(class_of(source, revision))
+    where = folder_of(source, revision, pipeline_class)
     try:
-        if registry.locate(source) is None:
-            where = pipeline_class.download(source, revision=revision, use_safetensors=True)
         with quiet():
-            return pipeline_class.from_pretrained(where, dtype={"default": dtype, "vae": torch.float32}, use_safetensors=True)
+            return pipeline_class.from_pretrained(str(where), dtype={"default": dtype, "vae": torch.float32})
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"The model in {where} does not load: {reason} Fetch or save it again.") from error
@@ -133,7 +115,8 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
     if settings.vae_precision == "fp16" and device.type == "cpu":
         raise InputError("vae_precision fp16 needs a GPU: on a CPU use --vae-precision fp32 (or bf16).")
     precision = "fp32" if settings.full else settings.precision
-    pipe = load_pipeline(settings.pipeline, settings.revision, DTYPES[precision]) if pipe is None else pipe
+    ours = pipe is None
+    pipe = load_pipeline(settings.pipeline, settings.revision, DTYPES[precision]) if ours else pipe
     adapter = adapter_of(type(pipe).__name__)
     policy = adapter.of(
         pipe,
@@ -147,6 +130,9 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
     )
     if settings.full:
         policy.dtype = DTYPES[settings.precision]
+    parts = pickled(Path(pipe.name_or_path)) if ours else []
+    if parts:
+        policy.notes = (*policy.notes, f"The weights of {', '.join(parts)} are .bin files: loaded weights-only, nothing in them was run.")
     return prepare_to_train(policy, settings) if train else policy
 
 

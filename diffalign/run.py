@@ -17,15 +17,19 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from diffalign import checkpoint
+from diffalign import checkpoint, kohya
 from diffalign.config import Plan, resolve
 from diffalign.data import Prompt, read_file, text_of, write_file
 from diffalign.errors import InputError
 from diffalign.evaluate import sample, sheet
+from diffalign.lora import WEIGHTS
 from diffalign.media import to_pil
-from diffalign.models import load_pipeline, make_policy, network_of
+from diffalign.models import class_named, load_pipeline, make_policy, network_of, quiet
 from diffalign.settings import LIVE
+from diffalign.sources import class_of
 
 PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "pillow")
 
@@ -178,6 +182,38 @@ class Run:
         for path, image in zip(paths[1:], after, strict=True):
             to_pil(image).save(path)
         return paths
+
+    def export(self, output: str | Path | None = None, *, force: bool = False) -> Path:
+        """Write the LoRA as one kohya file, by default `<run>/<name of the run>.safetensors`, and return its path.
+
+        AUTOMATIC1111 and ComfyUI read it, the pipeline's own `load_lora_weights`, and `lora.init`. Raises InputError for a run without a
+        finished LoRA, a LoRA that such a file cannot hold, or a file that exists already (with `force` it is replaced).
+        """
+        path = self.path / f"{self.path.resolve().name}.safetensors" if output is None else Path(output).expanduser()
+        if self.plan.settings.full:
+            raise InputError(f"{self.path} trained all weights, and has no LoRA to export: its model/ loads through from_pretrained.")
+        weights = self._weights("lora") / WEIGHTS
+        if path.suffix != ".safetensors" or path.is_dir():
+            raise InputError(f"--output {path}: give a .safetensors file.")
+        if path.resolve() == weights.resolve():
+            raise InputError(f"--output {path} is the run's own LoRA: choose another file.")
+        if path.exists() and not force:
+            raise InputError(f"{path} exists already: choose another --output, or --force to replace it.")
+        known = type(self.live) if self.live is not None else class_named(class_of(self._source(), self.plan.settings.revision))
+        try:
+            with quiet():
+                tensors = kohya.convert(weights, known)
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{weights} is damaged ({error}). Write it again: diffalign train --resume {self.path}") from error
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with checkpoint.whole(path) as draft:
+                save_file(tensors, draft)  # without metadata: AUTOMATIC1111 takes a file whose metadata name no base model for SD 1's
+        except OSError as error:
+            raise InputError(f"{path} cannot be written ({error.strerror}): choose another --output.") from error
+        return path
 
     def _source(self) -> str:
         source = self.plan.settings.pipeline
