@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from diffalign.registry import MODELS
 from diffalign.run import versions
 
-EXTRAS = {"tensorboard": "tensorboard", "wandb": "wandb", "xformers": "xformers"}
+EXTRAS = {"tensorboard": "tensorboard", "wandb": "wandb", "xformers": "xformers", "bitsandbytes": "bitsandbytes"}
 
 
 def report() -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from diffalign import registry
+from diffalign import knobs, registry
 from diffalign.errors import InputError, nearest
 from diffalign.settings import Settings
 
@@ -132,6 +132,7 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
         raise InputError("fp16 needs a GPU: on a CPU use --precision fp32 (or bf16).")
     if settings.vae_precision == "fp16" and device.type == "cpu":
         raise InputError("vae_precision fp16 needs a GPU: on a CPU use --vae-precision fp32 (or bf16).")
+    knobs.check_device(settings, device)
     precision = "fp32" if settings.full else settings.precision
     pipe = load_pipeline(settings.pipeline, settings.revision, DTYPES[precision]) if pipe is None else pipe
     adapter = adapter_of(type(pipe).__name__)
@@ -147,6 +148,7 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
     )
     if settings.full:
         policy.dtype = DTYPES[settings.precision]
+    knobs.install(policy, settings)
     return prepare_to_train(policy, settings) if train else policy
 
 
@@ -168,4 +170,5 @@ def prepare_to_train(policy: Any, settings: Settings) -> Any:
         policy.unfreeze()
     else:
         policy.adapt(settings.lora, settings.seed)
+    knobs.install_for_training(policy, settings)
     return policy
