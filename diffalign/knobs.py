@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +31,14 @@ def check_device(settings: Settings, device: torch.device) -> None:
         raise InputError(f"attention xformers needs a CUDA GPU, and this is {device.type}: torch's own is as fast here, --attention sdpa.")
     if settings.optimizer == "adamw8bit" and device.type in ("cpu", "mps"):
         raise InputError(f"optimizer adamw8bit needs a GPU that bitsandbytes knows, and this is {device.type}: --optimizer adamw.")
+
+
+def to_sample(settings: Settings, device: torch.device) -> Settings:
+    """The settings of a run that was trained, perhaps elsewhere, and is now only sampled: without what cannot be had here. The pictures are
+    the same."""
+    xformers = settings.attention == "xformers" and (device.type != "cuda" or importlib.util.find_spec("xformers") is None)
+    attention = "sdpa" if xformers else settings.attention
+    return replace(settings, optimizer="adamw", attention=attention, offload=settings.offload and device.type != "cpu")
 
 
 def install(policy: Any, settings: Settings) -> None:
