@@ -15,7 +15,7 @@ import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from diffalign import registry
+from diffalign import knobs, registry
 from diffalign.contract import CheckedReward, FunctionReward, as_reward, short_name
 from diffalign.errors import InputError
 from diffalign.flags import flat, nested, normal, parameters, parse, refuse_empty
@@ -238,6 +238,12 @@ def check_needs(plan: Plan) -> None:
     for name in plan.settings.log:
         if importlib.util.find_spec(name) is None:
             raise InputError(f"log: {name} is not installed: pip install 'diffalign[{name}]'")
+    knobs.check(plan.settings)
+    if plan.settings.memory_budget is not None and not needs.split_by:
+        raise InputError(
+            f"memory_budget: {plan.method_name} does not take its batch in smaller ones (its loss is of the whole batch, or it does not "
+            "say that it can): drop --memory-budget, and lower --batch-size yourself. diffalign check says what a step takes."
+        )
     instead = needs.data_role == "instead" and needs.data is not None
     if needs.reward and plan.reward is None and not (instead and plan.settings.data):
         others = f" Or it takes, instead, {DATA[needs.data]}." if instead and needs.data else ""

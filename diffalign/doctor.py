@@ -10,7 +10,14 @@ from collections.abc import Iterator
 from diffalign.registry import MODELS
 from diffalign.run import versions
 
-EXTRAS = {"tensorboard": "tensorboard", "wandb": "wandb", "xformers": "xformers", "open-clip": "open_clip_torch", "siglip": "sentencepiece"}
+EXTRAS = {
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "xformers": "xformers",
+    "bitsandbytes": "bitsandbytes",
+    "open-clip": "open_clip_torch",
+    "siglip": "sentencepiece",
+}
 
 
 def report() -> Iterator[str]:

@@ -16,6 +16,7 @@ from torch import Generator, Tensor, nn
 from diffalign.contract import CheckedReward
 from diffalign.data import Source, Stream
 from diffalign.errors import InputError
+from diffalign.knobs import make_optimizer
 from diffalign.processes import Accelerated, all_of, average_gradients, average_metrics
 from diffalign.run import peak_memory_mb
 from diffalign.settings import Settings
@@ -124,7 +125,7 @@ def prepare(policy: Policy, settings: Settings, source: Source, accelerator: Any
     from diffusers.training_utils import EMAModel
 
     parameters = {name: p for name, p in policy.module.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
+    optimizer = make_optimizer(parameters.values(), settings)
     schedule = get_scheduler(settings.lr_schedule, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=settings.steps)
     processes = Accelerated(accelerator)
 

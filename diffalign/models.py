@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from diffalign import registry
+from diffalign import knobs, registry
 from diffalign.errors import InputError, nearest
 from diffalign.settings import Settings
 from diffalign.sources import class_of, folder_of, pickled
@@ -114,6 +114,7 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
         raise InputError("fp16 needs a GPU: on a CPU use --precision fp32 (or bf16).")
     if settings.vae_precision == "fp16" and device.type == "cpu":
         raise InputError("vae_precision fp16 needs a GPU: on a CPU use --vae-precision fp32 (or bf16).")
+    knobs.check_device(settings, device)
     precision = "fp32" if settings.full else settings.precision
     ours = pipe is None
     pipe = load_pipeline(settings.pipeline, settings.revision, DTYPES[precision]) if ours else pipe
@@ -130,6 +131,7 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
     )
     if settings.full:
         policy.dtype = DTYPES[settings.precision]
+    knobs.install(policy, settings)
     parts = pickled(Path(pipe.name_or_path)) if ours else []
     if parts:
         policy.notes = (*policy.notes, f"The weights of {', '.join(parts)} are .bin files: loaded weights-only, nothing in them was run.")
@@ -154,4 +156,5 @@ def prepare_to_train(policy: Any, settings: Settings) -> Any:
         policy.unfreeze()
     else:
         policy.adapt(settings.lora, settings.seed)
+    knobs.install_for_training(policy, settings)
     return policy

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ from torch import Generator, Tensor
 
 from diffalign.config import Plan
 from diffalign.data import Prompt, Source, batch_of
-from diffalign.run import peak_memory_mb
+from diffalign.memory import Trial, expected, in_words, taken, within_budget
 from diffalign.sampling import ddim, noisy, rollout, transition
-from diffalign.types import Context, Loss, Prompts
+from diffalign.types import Prompts
 
 
 @dataclass(frozen=True)
@@ -27,25 +27,30 @@ class Finding:
 
 def preflight(plan: Plan, policy: Any, prompts: list[Prompt], examples: Source | None = None) -> Iterator[Finding]:
     """Yield the findings, cheap ones first. The policy's weights are the same afterwards. `examples` are of a method that takes data."""
+    trial = Trial(plan, policy, prompts, examples)
+    if plan.settings.memory_budget is not None:
+        plan, text = within_budget(trial)
+        trial = replace(trial, plan=plan)
+        yield Finding("memory budget", None, text)
     size = plan.settings.batch_size
     batch = batch_of((prompts * size)[:size], policy)
     yield from (Finding("pipeline", None, note) for note in vars(policy).get("notes", ()))
     yield _batch_plan(plan, len(prompts))
+    line = expected(trial)
+    yield Finding("memory", None, "no estimate: few samples do not differ in reward" if line is None else in_words(trial, line))
     yield _deterministic_steps(_steps(plan), policy)
     yield _ratio(policy, batch)
     if plan.reward is not None:
         yield _variance(plan, policy, batch)
-    given: Any = None if examples is None else examples.take([i % len(examples) for i in range(size)])
-    trained_on = batch if given is None or plan.method.needs.data_role == "besides" else given
-    context = Context(Generator().manual_seed(0), more=lambda: trained_on, examples=None if given is None else lambda: given)
-    loss = next(iter(plan.method.losses(policy, plan.reward, trained_on, context)), None)
-    if loss is None:
+    with taken(policy.module.device) as took:
+        gradients = trial.step(size)
+    if gradients is None:
         yield Finding("gradient", False, "no two samples of a prompt differ in reward: there is nothing to learn in this round")
         return
-    yield _gradient_arrives(policy, loss)
+    yield _gradient_arrives(gradients)
     if plan.method.needs.differentiable_reward:
         yield _finite_differences(plan, policy, batch)
-    yield Finding("memory", None, f"peak after one forward and backward: {peak_memory_mb():,.0f} MB")
+    yield Finding("memory", None, f"{took.peak / 1e6:,.0f} MB {took.what} in a step of {size}")
 
 
 def _reward(plan: Plan) -> Any:
@@ -97,13 +102,11 @@ def _variance(plan: Plan, policy: Any, batch: Prompts) -> Finding:
     return Finding("reward", spread > 0 or len(scores) == 1, text + ("" if spread else ": all samples are worth the same"))
 
 
-def _gradient_arrives(policy: Any, loss: Loss) -> Finding:
-    parameters = [p for p in policy.module.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(loss.value, parameters, allow_unused=True)
+def _gradient_arrives(gradients: list[Tensor | None]) -> Finding:
     live = sum(g is not None and bool(g.any()) for g in gradients)
     finite = all(g is None or bool(g.isfinite().all()) for g in gradients)
-    text = f"non-zero in {live} of {len(parameters)} trained tensors" + ("" if finite else ", and not finite")
-    return Finding("gradient", live > 0 and finite, text + (" (half of a new LoRA starts at zero)" if live < len(parameters) else ""))
+    text = f"non-zero in {live} of {len(gradients)} trained tensors" + ("" if finite else ", and not finite")
+    return Finding("gradient", live > 0 and finite, text + (" (half of a new LoRA starts at zero)" if live < len(gradients) else ""))
 
 
 def _finite_differences(plan: Plan, policy: Any, batch: Prompts) -> Finding:

@@ -88,6 +88,11 @@ def one_for_all(value: str) -> str:
     return broadcast_object_list([value])[0]
 
 
+def least_of_all(value: int) -> int:
+    """The smallest of all processes."""
+    return min(all_of(value))
+
+
 def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Any) -> None:
     """The mean of each gradient over the processes, in its place; a process that has none counts as zero."""
     if accelerator.num_processes == 1:

@@ -25,9 +25,10 @@ from diffalign.config import Plan, resolve
 from diffalign.data import Prompt, read_file, text_of, write_file
 from diffalign.errors import InputError
 from diffalign.evaluate import sample, sheet
+from diffalign.knobs import to_sample
 from diffalign.lora import WEIGHTS
 from diffalign.media import to_pil
-from diffalign.models import class_named, load_pipeline, make_policy, network_of, quiet
+from diffalign.models import class_named, device_of, load_pipeline, make_policy, network_of, quiet
 from diffalign.settings import LIVE
 from diffalign.sources import class_of
 
@@ -136,7 +137,7 @@ class Run:
         """The trained policy, frozen; `policy.reference()` switches to the base model."""
         if self.trained is not None:
             return self.trained
-        settings = self.plan.settings
+        settings = to_sample(self.plan.settings, device_of(self.plan.settings))
         if self.live is None:  # a pipeline of its own: the policy's precision is not the plain pipeline's
             policy = make_policy(settings, self.load_into(load_pipeline(self._source(), settings.revision)), train=False)
         else:

@@ -24,8 +24,9 @@ from diffalign.evaluate import evaluate, implicit_accuracy, sample, sheet
 from diffalign.flags import flat
 from diffalign.inputs import Data, check_reward, eval_rewards, given_prompts, open_data, prompt_lists
 from diffalign.loop import Training, prepare, train
+from diffalign.memory import Trial, within_budget
 from diffalign.models import adapter_of, make_policy, prepare_to_train
-from diffalign.processes import failed_before, make_accelerator, one_for_all
+from diffalign.processes import failed_before, least_of_all, make_accelerator, one_for_all
 from diffalign.report import curve
 from diffalign.run import Run
 from diffalign.settings import LIVE
@@ -68,6 +69,9 @@ def start(
     for steps in {plan.sample_steps, vars(plan.method).get("inference_steps", plan.sample_steps)}:
         policy.path.schedule(steps)
     prepare_to_train(policy, settings)
+    if settings.memory_budget is not None:  # before the settings are recorded: a resumed run has the same batches
+        plan, found = within_budget(Trial(plan, policy, train_prompts, data[0] if data else None), least_of_all)
+        say(f"Memory budget {found}")
     if accelerator.is_main_process:
         run = Run.create(path, {**plan.config(), "processes": accelerator.num_processes}, live)
         run.write_prompts("train", train_prompts)

@@ -59,6 +59,20 @@ class Settings:
     """Of the VAE. Where its configuration says that it overflows in fp16 (force_upcast), fp16 is fp32, as in diffusers."""
     device: str | None = None
     """By default cuda, mps or cpu, the first there is."""
+    gradient_checkpointing: bool = False
+    """Keep of each block of the network, and of the VAE, only its input, and run it again in the backward pass."""
+    vae_batch_size: int | None = None
+    """Pictures that the VAE decodes or embeds at a time; by default all of a forward. With a gradient each such part runs twice."""
+    offload: bool = False
+    """Text encoders are on the GPU only while they encode; the VAE too, as long as no gradient goes through it."""
+    memory_budget: float | None = None
+    """GB (10^9 bytes) that a step may take: the largest batches that fit are found, and more of them make a step of as many samples."""
+    attention: Literal["sdpa", "xformers", "sliced", "eager"] = "sdpa"
+    """sdpa: torch's own; xformers: its package's, on CUDA. Of UNets, sliced: one head at a time; eager: plain matrix products."""
+    channels_last: bool = False
+    """Convolutions of the UNet and the VAE with the channels innermost in memory."""
+    compile: bool = False
+    """torch.compile of the network, which takes minutes at the first steps."""
     full: bool = False
     """Train all of the network instead of a LoRA."""
     lora: LoRA = field(default_factory=LoRA)
@@ -68,6 +82,8 @@ class Settings:
     """Samples of one forward, for each process."""
     accumulate: int = 1
     """Batches that are averaged into one optimiser step."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit: with states of 8 bits, of the package bitsandbytes, on a GPU."""
     learning_rate: float = 1e-4
     """Of AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -103,9 +119,11 @@ class Settings:
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < vars(self)[name] < float("inf"):
                 raise InputError(f"{name} is {vars(self)[name]}: give a number above 0.")
-        for name in ("sample_every", "sample_steps", "data_limit", "height", "width", "max_sequence_length"):
+        for name in ("sample_every", "sample_steps", "data_limit", "height", "width", "max_sequence_length", "vae_batch_size"):
             if vars(self)[name] is not None and not vars(self)[name] >= 1:
                 raise InputError(f"{name} is {vars(self)[name]}: give 1 or more.")
+        if self.memory_budget is not None and not 0 < self.memory_budget < float("inf"):
+            raise InputError(f"memory_budget is {self.memory_budget}: give GB, a number above 0.")
         if self.ema is not None and not 0 < self.ema < 1:
             raise InputError(f"ema is {self.ema}: give a decay between 0 and 1, such as 0.99.")
         if not 0 <= self.guidance_scale < float("inf"):

@@ -198,7 +198,8 @@ class Needs:
     """What a method cannot do without, checked before any model loads.
 
     `data_role` says what the data is to it: it trains on data `only`; where some is given, `besides` prompts and a reward; or `instead`
-    of them.
+    of them. `split_by` are its fields that count batches, or `accumulate`: when batches are made n times smaller, an optimiser step is
+    the same with n times as many. Empty where it is not, or nobody says so.
     """
 
     reward: bool = True
@@ -206,6 +207,7 @@ class Needs:
     data: Data | None = None
     data_role: Literal["only", "besides", "instead"] = "only"
     modality: Modality | None = None
+    split_by: tuple[str, ...] = ()
 
 
 class Processes(Protocol):

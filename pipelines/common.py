@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from diffalign.errors import InputError
 
@@ -72,6 +73,18 @@ def freeze(module: Any, device: str | torch.device, dtype: torch.dtype) -> None:
     module.requires_grad_(False).eval()
 
 
+@contextmanager
+def visiting(modules: Sequence[Any], device: torch.device, home: torch.device | None) -> Iterator[None]:
+    """The modules on `device` while the block runs, and then at `home` again; without a home they are where they are."""
+    for module in modules if home else ():
+        module.to(device)
+    try:
+        yield
+    finally:
+        for module in modules if home else ():
+            module.to(home)
+
+
 def frozen_copy(module: Any) -> Any:
     """A copy that takes no gradient: the reference of a full fine-tuning."""
     return copy.deepcopy(module).requires_grad_(False)
@@ -82,6 +95,15 @@ def vae_dtype(vae: Any, precision: str) -> torch.dtype:
     if precision == "fp16" and vae.config.get("force_upcast"):
         return torch.float32
     return PRECISIONS[precision]
+
+
+def in_chunks(work: Callable[[Tensor], Tensor], x: Tensor, size: int | None) -> Tensor:
+    """`work` on at most `size` rows of x at a time. With a gradient a chunk keeps its input alone and works again in the backward pass, so
+    that only one chunk's activations are there at once."""
+    if size is None or len(x) <= size:
+        return work(x)
+    again = torch.is_grad_enabled() and x.requires_grad
+    return torch.cat([checkpoint(work, part, use_reentrant=False) if again else work(part) for part in x.split(size)])
 
 
 def decode_images(vae: Any, x_0: Tensor) -> Tensor:

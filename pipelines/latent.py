@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from diffalign import lora
 from diffalign.cache import Shelf, TextCache, fingerprint
 from diffalign.errors import InputError
 from diffalign.noise import draw_noise
-from diffalign.pipelines.common import adapter_off, decode_images, embed_images, frozen_copy
+from diffalign.pipelines.common import adapter_off, decode_images, embed_images, frozen_copy, in_chunks, visiting
 from diffalign.types import Condition, Level, Modality, NoisePath, PictureField, Prompts
 
 Named = Mapping[str, Tensor]
@@ -47,6 +48,9 @@ class LatentPolicy:
     `branches` and `mix` are its guidance; `told` is the guidance that a distilled network is told. `zeros_for_none`: without a negative
     prompt the unconditional branch is zeros. `encoders` are the pipeline's text encoders, each with its tokenizer, `tokens` the length
     of a text where it can be chosen. The network computes in `dtype`, and came in `arrived`. `notes` are what a person should be told.
+
+    The VAE works on at most `vae_batch_size` samples at a time; where it has a `vae_home`, it lives there and comes to work. `undo` is
+    what a release takes back of the pipeline.
     """
 
     pipe: Any
@@ -71,6 +75,9 @@ class LatentPolicy:
     zeros_for_none: bool = False
     tokens: int | None = None
     notes: tuple[str, ...] = ()
+    vae_batch_size: int | None = None
+    vae_home: torch.device | None = None
+    undo: ExitStack = field(default_factory=ExitStack, repr=False)
     frozen: Any = field(default=None, repr=False)
 
     @property
@@ -92,7 +99,9 @@ class LatentPolicy:
         self.module.float().requires_grad_(True)
 
     def release(self) -> None:
-        """Leave the pipeline on one device, and in the dtype in which its network came, so that it can be called as before."""
+        """Leave the pipeline on one device, in the dtype in which its network came, and without what the settings of memory and speed
+        changed in it, so that it can be called as before."""
+        self.undo.close()
         kind = self.arrived if self.frozen is None else torch.float32
         for module in self.pipe.components.values():
             if isinstance(module, nn.Module):
@@ -114,7 +123,8 @@ class LatentPolicy:
         Raises InputError for prompts without the pictures that the family takes.
         """
         texts = self.texts(prompts.text)
-        shown, unshown = self.show(prompts)
+        with self._vae():
+            shown, unshown = self.show(prompts)
         if self.guidance_scale <= 1:
             return Condition({**texts, **shown}, guidance_scale=self.told or 1.0)  # stored trajectories record it
         return Condition({**texts, **shown}, {**self._no_text(texts), **unshown}, self.guidance_scale)
@@ -158,11 +168,39 @@ class LatentPolicy:
 
     def decode(self, x_0: Tensor) -> Tensor:
         """Latents to images (B, 3, H, W) in [0, 1], fp32, computed in the VAE's dtype, with a graph where one is wanted."""
-        return decode_images(self.pipe.vae, x_0)
+        with self._vae(stays=torch.is_grad_enabled() and x_0.requires_grad):
+            return in_chunks(partial(decode_images, self.pipe.vae), x_0, self.vae_batch_size)
 
     def embed(self, media: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] to x_0, fp32: the mode of the VAE's posterior."""
-        return embed_images(self.pipe.vae, media)
+        with self._vae(stays=torch.is_grad_enabled() and media.requires_grad):
+            return in_chunks(partial(embed_images, self.pipe.vae), media, self.vae_batch_size)
+
+    def offload(self, home: torch.device) -> None:
+        """Text encoders and VAE live at `home`, and come to the network's device while they work."""
+        texts, encode, modules = self.texts, self.texts.encode, self._encoders()
+
+        def encode_there(words: list[str]) -> Sequence[Tensor]:
+            with visiting(modules, self.module.device, home):
+                return encode(words)
+
+        self.undo.callback(setattr, texts, "encode", encode)
+        self.undo.callback(setattr, self, "vae_home", None)
+        texts.encode, self.vae_home = encode_there, home
+        for module in (*modules, self.pipe.vae):
+            module.to(home)
+
+    def _encoders(self) -> list[Any]:
+        return [module for name in self.encoders if (module := getattr(self.pipe, name)) is not None]
+
+    @contextmanager
+    def _vae(self, stays: bool = False) -> Iterator[None]:
+        """The VAE on the network's device while the block runs; for good where it `stays`, since a backward pass will want it there."""
+        if stays and self.vae_home is not None:
+            self.pipe.vae.to(self.module.device)
+            self.vae_home = None
+        with visiting([self.pipe.vae], self.module.device, self.vae_home):
+            yield
 
     def shelve(self, root: Path) -> Shelf:
         """Keep text embeddings under `root` from now on; the shelf there of the VAE's latents of pictures of this size.
@@ -170,13 +208,19 @@ class LatentPolicy:
         Both are named after what they are computed with, so a shelf of another model, or of another precision, is another one.
         """
         marks = [] if self.tokens is None else [f"{self.tokens}"]
-        for encoder, tokenizer in self.encoders.items():
-            module, words = getattr(self.pipe, encoder), getattr(self.pipe, tokenizer)
-            marks.append("none" if module is None else fingerprint(module, sorted(words.get_vocab().items()), words.model_max_length))
+        with visiting(self._encoders(), self.module.device, self.vae_home), self._vae():  # a shelf is also named after the device
+            for encoder, tokenizer in self.encoders.items():
+                module, words = getattr(self.pipe, encoder), getattr(self.pipe, tokenizer)
+                marks.append("none" if module is None else fingerprint(module, sorted(words.get_vocab().items()), words.model_max_length))
+            statistics = [self.pipe.vae.config.get(name) for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")]
+            mark = fingerprint(self.pipe.vae, *(value for value in (*statistics, *self._how()) if value is not None))
         self.texts.shelf = Shelf(root / "texts" / "-".join(marks))
-        statistics = [self.pipe.vae.config.get(name) for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")]
-        mark = fingerprint(self.pipe.vae, *(value for value in statistics if value is not None))
         return Shelf(root / "latents" / f"{mark}-{self.height}x{self.width}")
+
+    def _how(self) -> list[str | None]:
+        """What changes the last bits of the VAE's latents, where it is another than usual."""
+        permuted = any(not weight.is_contiguous() for weight in self.pipe.vae.parameters())
+        return ["channels_last" if permuted else None, None if self.vae_batch_size is None else f"chunks of {self.vae_batch_size}"]
 
     @contextmanager
     def _base(self) -> Iterator[None]:

@@ -37,8 +37,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import diffalign
 from diffalign.config import resolve
 from diffalign.data import PromptList
-from diffalign.loop import make_accelerator, prepare, train
+from diffalign.loop import prepare, train
 from diffalign.models import device_of, make_policy, prepare_to_train
+from diffalign.processes import make_accelerator
 from diffalign.run import peak_memory_mb, versions
 from diffalign.sampling import ddim, rollout
 from diffalign.settings import LIVE, Settings

@@ -45,7 +45,7 @@ class D3PO:
     updates: int = 2
     """Optimiser steps over the round's pairs, each on its own share of their transitions."""
 
-    needs: ClassVar[Needs] = Needs(data="trajectories", data_role="instead")
+    needs: ClassVar[Needs] = Needs(data="trajectories", data_role="instead", split_by=("batches",))
     defaults: ClassVar[Mapping[str, Any]] = {
         "learning_rate": 3e-5,
         "weight_decay": 1e-4,

@@ -64,7 +64,7 @@ class DDPO:
     kl_weight: float = 0.0
     """Weight of `KL(pi_theta, pi_ref)` a step; 0 leaves it out."""
 
-    needs: ClassVar[Needs] = Needs()
+    needs: ClassVar[Needs] = Needs(split_by=("batches",))
     defaults: ClassVar[Mapping[str, Any]] = {
         "learning_rate": 3e-4,
         "weight_decay": 1e-4,

@@ -57,7 +57,7 @@ class DPOK:
     clip: float = 1e-4
     """Of the ratio; the log-probabilities are means over the latent dimensions."""
 
-    needs: ClassVar[Needs] = Needs()
+    needs: ClassVar[Needs] = Needs(split_by=("batches", "forwards"))
     defaults: ClassVar[Mapping[str, Any]] = {
         "learning_rate": 1e-5,
         "max_grad_norm": 0.1,

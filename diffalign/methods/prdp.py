@@ -42,7 +42,7 @@ class PRDP:
     clip: float = 1e-4
     """How far a step's log-ratio may move in a round; the log-probabilities are means over the latent dimensions."""
 
-    needs: ClassVar[Needs] = Needs()
+    needs: ClassVar[Needs] = Needs(split_by=("batches",))
     defaults: ClassVar[Mapping[str, Any]] = {
         "learning_rate": 1e-4,
         "max_grad_norm": 1.0,

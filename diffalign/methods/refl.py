@@ -43,7 +43,9 @@ class ReFL:
     eta: float = 1.0
     """Noise of a sampling step: 1 is ancestral sampling, 0 deterministic."""
 
-    needs: ClassVar[Needs] = Needs(differentiable_reward=True, data="pictures", data_role="besides")
+    needs: ClassVar[Needs] = Needs(
+        differentiable_reward=True, data="pictures", data_role="besides", split_by=("accumulate", "pretrain_batches")
+    )
     defaults: ClassVar[Mapping[str, Any]] = {
         "learning_rate": 1e-4,
         "max_grad_norm": 1.0,
