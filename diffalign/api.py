@@ -125,6 +125,8 @@ def score_files(reward: str, files: Sequence[Path], prompt: str | None = None, s
 def check(plan: Plan) -> Iterator[Finding]:
     """The preflight of a plan: see `diffalign.preflight`."""
     given = given_prompts(plan.settings)
+    if plan.reward is not None:
+        plan.reward.open()
     policy = make_policy(plan.settings, train=False)
     data = open_data(plan, policy)
     prompts, _ = prompt_lists(plan.settings, *given, data)

@@ -1,12 +1,13 @@
-"""What was computed once and is kept on disk for every later run: rows of tensors, by what they were made from."""
+"""What was computed once and is kept: rows of tensors by what they were made from, on disk for every later run or in memory for this one."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors.torch
@@ -101,3 +102,48 @@ class Shelf:
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / key[2:]
+
+
+@dataclass
+class TextCache:
+    """Text embeddings, computed once. `encode` maps n texts to tensors (n, ...), one for each of `names`; rows are kept on the CPU, up
+    to `capacity` texts. A call gives the tensors by name.
+
+    Missing texts go through the encoder in batches of one fixed size: a row's last bits depend on the batch size, and a resumed run
+    has another cache than an uninterrupted one. With a `shelf` the rows are also kept on disk, for every later run.
+    """
+
+    encode: Callable[[list[str]], Sequence[Tensor]]
+    device: str | torch.device = "cpu"
+    names: tuple[str, ...] = ("encoder_hidden_states",)
+    batch_size: int = 8
+    capacity: int = 4096
+    rows: OrderedDict[str, tuple[Tensor, ...]] = field(default_factory=OrderedDict)
+    shelf: Shelf | None = None
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        found = {text: self.rows[text] for text in texts if text in self.rows}
+        for text in dict.fromkeys(texts):
+            row = None if text in found else self._shelved(text)
+            found |= {} if row is None else {text: row}
+        missing = [text for text in dict.fromkeys(texts) if text not in found]
+        for i in range(0, len(missing), self.batch_size):
+            chunk = missing[i : i + self.batch_size]
+            padded = chunk + [""] * (self.batch_size - len(chunk))
+            parts = [part.detach().cpu() for part in self.encode(padded)]
+            for text, row in zip(chunk, zip(*parts, strict=True), strict=False):
+                found[text] = row
+                for name, part in zip(self.names, row, strict=True):
+                    if self.shelf is not None:
+                        self.shelf.put(digest(name, text), part)
+        for text, row in found.items():
+            self.rows[text] = row
+            self.rows.move_to_end(text)
+        while len(self.rows) > self.capacity:
+            self.rows.popitem(last=False)
+        return {name: torch.stack([found[text][i] for text in texts]).to(self.device) for i, name in enumerate(self.names)}
+
+    def _shelved(self, text: str) -> tuple[Tensor, ...] | None:
+        rows = [] if self.shelf is None else [self.shelf.get(digest(name, text)) for name in self.names]
+        whole = tuple(row for row in rows if row is not None)
+        return whole if len(whole) == len(self.names) else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import InputError
-from diffalign.types import Modality, Policy, Prompts, Reward
+from diffalign.types import LearnedReward, Modality, Policy, Prompts, Reward
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,11 @@ class CheckedReward:
     @property
     def modality(self) -> Modality:
         return self.reward.modality
+
+    def open(self) -> None:
+        """Load the weights of a reward that has some, so that what is wrong with them is said before expensive work. InputError for that."""
+        if isinstance(self.reward, LearnedReward):
+            self.reward.open()
 
     def __call__(self, media: Tensor, prompts: Prompts) -> Tensor:
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):

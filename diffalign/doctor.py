@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from diffalign.registry import MODELS
 from diffalign.run import versions
 
-EXTRAS = {"tensorboard": "tensorboard", "wandb": "wandb", "xformers": "xformers"}
+EXTRAS = {"tensorboard": "tensorboard", "wandb": "wandb", "xformers": "xformers", "open-clip": "open_clip_torch", "siglip": "sentencepiece"}
 
 
 def report() -> Iterator[str]:
@@ -31,8 +30,10 @@ def report() -> Iterator[str]:
     else:
         yield "device          cpu only: fine for 'shapes'; Stable Diffusion wants a GPU"
     for extra, package in EXTRAS.items():
-        there = importlib.util.find_spec(package) is not None
-        state = importlib.metadata.version(package) if there else f"not installed (pip install 'diffalign[{extra}]')"
+        try:
+            state = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            state = f"not installed (pip install 'diffalign[{extra}]')"
         yield f"extra           {extra}: {state}"
     for name, path in MODELS.items():
         size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) / 1e6

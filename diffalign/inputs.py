@@ -73,17 +73,23 @@ def prompt_lists(
 
 
 def eval_rewards(plan: Plan) -> list[CheckedReward]:
+    """The rewards of the plan's evaluation, opened: the one that is trained on, and the others that are named."""
     if plan.reward is None:
         return named_rewards(plan.settings.eval_rewards or [])
+    plan.reward.open()
     others = [name for name in plan.settings.eval_rewards or [] if name != plan.reward_name]
     return [CheckedReward(plan.reward.reward, plan.reward.name), *named_rewards(others)]
 
 
 def named_rewards(names: Sequence[str]) -> list[CheckedReward]:
+    """The rewards of these names, opened."""
     found = [(name, *registry.find("rewards", name)) for name in dict.fromkeys(names)]
-    return [
+    rewards = [
         CheckedReward(as_reward(thing(**preset) if isinstance(thing, type) else thing), short_name(name)) for name, thing, preset in found
     ]
+    for reward in rewards:
+        reward.open()
+    return rewards
 
 
 def check_reward(plan: Plan, policy: Any, prompts: list[Prompt]) -> None:

@@ -186,6 +186,7 @@ def make(
     }
     done = ledger(folder, settings)
     if _missing(making, done, prompts):
+        reward.open()
         policy = _policy(making, live)
         say_notes(policy)
         if reward.modality != "image" or policy.modality != "image":

@@ -81,6 +81,15 @@ METHODS = {
     "alignprop": Entry("diffalign.methods.alignprop:AlignProp", "Reward gradient through randomly many steps.", "differentiable reward"),
 }
 REWARDS = {
+    "hps-v2": Entry("diffalign.rewards.hps:HPS", "Human Preference Score v2, a CLIP ViT-H-14.", "differentiable"),
+    "hps-v2.1": Entry("diffalign.rewards.hps:HPS", "Human Preference Score v2.1.", "differentiable", {"version": "v2.1"}),
+    "image-reward": Entry("diffalign.rewards.image_reward:ImageReward", "ImageReward, a BLIP.", "differentiable"),
+    "pickscore": Entry("diffalign.rewards.pickscore:PickScore", "PickScore, a CLIP ViT-H-14.", "differentiable"),
+    "clip": Entry("diffalign.rewards.clip:CLIP", "Cosine of a CLIP or SigLIP model of the Hub.", "differentiable"),
+    "open-clip": Entry(
+        "diffalign.rewards.clip:OpenCLIP", "Cosine of a model of open_clip.", "differentiable", extra="open-clip", package="open_clip"
+    ),
+    "aesthetic": Entry("diffalign.rewards.aesthetic:Aesthetic", "LAION's aesthetic predictor; reads no prompt.", "differentiable"),
     "shapes-clip": Entry("diffalign.rewards.shapes:ShapesCLIP", "Tiny CLIP trained on shapes.", "differentiable"),
     "shapes-checker": Entry("diffalign.rewards.shapes:ShapesChecker", "Share of the caption's attributes that are right.", "score"),
     "shapes-all-right": Entry(

@@ -91,6 +91,7 @@ def resume(path: str | Path, steps: int | None = None, pipe: Any = None, reward:
         plan = replace(plan, settings=replace(plan.settings, steps=steps))
     state, _ = run.newest_checkpoint()  # before the model is loaded
     accelerator = make_accelerator(plan.settings)
+    rewards = eval_rewards(plan)
     policy = make_policy(plan.settings, pipe, train=False)
     data = open_data(plan, policy, accelerator)
     prepare_to_train(policy, plan.settings)
@@ -99,7 +100,7 @@ def resume(path: str | Path, steps: int | None = None, pipe: Any = None, reward:
     with run.alone() if accelerator.is_main_process else nullcontext():  # before anything in the folder is touched
         if steps is not None and accelerator.is_main_process:
             run.write_config({**run.config, "steps": steps})
-        return drive(plan, run, policy, eval_rewards(plan), accelerator, data, resume=True)
+        return drive(plan, run, policy, rewards, accelerator, data, resume=True)
 
 
 def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accelerator: Any, data: Data, resume: bool) -> Run:

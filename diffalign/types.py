@@ -298,6 +298,18 @@ class Reward(Protocol):
     def __call__(self, media: Tensor, prompts: Prompts) -> Tensor: ...
 
 
+@runtime_checkable
+class LearnedReward(Reward, Protocol):
+    """A reward with weights that it loads: `open` does so now rather than at the first call, and raises InputError where it cannot.
+
+    `tiny` is its twin, of the same class and fields: random weights of some megabytes, written into a folder as the real ones lie on
+    disk, and read by the same code. Tests and dry runs use it; its scores mean nothing.
+    """
+
+    def open(self) -> None: ...
+    def tiny(self, folder: Path) -> Reward: ...
+
+
 class Method(Protocol):
     """A frozen dataclass whose fields are its hyperparameters; `losses` yields what the loop goes down.
 

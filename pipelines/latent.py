@@ -12,10 +12,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from diffalign import lora
-from diffalign.cache import Shelf, fingerprint
+from diffalign.cache import Shelf, TextCache, fingerprint
 from diffalign.errors import InputError
 from diffalign.noise import draw_noise
-from diffalign.pipelines.common import TextCache, adapter_off, decode_images, embed_images, frozen_copy
+from diffalign.pipelines.common import adapter_off, decode_images, embed_images, frozen_copy
 from diffalign.types import Condition, Level, Modality, NoisePath, PictureField, Prompts
 
 Named = Mapping[str, Tensor]

@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from diffalign.cache import TextCache
 from diffalign.errors import InputError
 from diffalign.noise import RectifiedFlow, path_of
-from diffalign.pipelines.common import PRECISIONS, TextCache, check_size, freeze, notes_of, vae_dtype
+from diffalign.pipelines.common import PRECISIONS, check_size, freeze, notes_of, vae_dtype
 from diffalign.pipelines.latent import LatentPolicy, Named
 
 NAMES = ("encoder_hidden_states", "pooled_projections")

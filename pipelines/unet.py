@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffalign.cache import TextCache
 from diffalign.errors import InputError
 from diffalign.noise import path_of
-from diffalign.pipelines.common import PRECISIONS, TextCache, TextEncoding, freeze, notes_of, own_size, vae_dtype
+from diffalign.pipelines.common import PRECISIONS, TextEncoding, freeze, notes_of, own_size, vae_dtype
 from diffalign.pipelines.latent import LatentPolicy, Named, classifier_free, without_and_with
 from diffalign.types import Condition, PictureField, Prompts
 

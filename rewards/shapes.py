@@ -5,8 +5,6 @@ The programme was never trained: it judges what the CLIP scorer trained. Each al
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch.nn import functional as F
 
 from diffalign import edits, shapes
 from diffalign.errors import InputError
+from diffalign.rewards.weights import quiet
 from diffalign.types import Prompts
 
 SCORER = Path(shapes.__file__).parent / "assets" / "shapes" / "scorer"
@@ -42,7 +41,7 @@ class ShapesCLIP:
         """CLIPModel in fp32, frozen, from fp16 files."""
         from transformers import CLIPModel
 
-        with _quiet():
+        with quiet():
             return CLIPModel.from_pretrained(self.folder or SCORER, dtype=torch.float32).eval().requires_grad_(False)
 
     @cached_property
@@ -288,17 +287,3 @@ def _name(colour: Tensor) -> tuple[Tensor, Tensor]:
 def _middle() -> float:
     """The scale half-way between small and large, in pixels."""
     return (shapes.SIZES["small"][1] + shapes.SIZES["large"][0]) / 2
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No weight-loading bar, which nobody asked for."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
