@@ -116,6 +116,38 @@ def load_pipeline(source: str, revision: str | None = None, dtype: torch.dtype =
         raise InputError(f"The model in {where} does not load: {reason} Fetch or save it again.") from error
 
 
+def class_of(settings: Settings, pipe: Any = None) -> str:
+    """Name of the diffusers class of the settings' model, or of the live `pipe`, from its index: no weights are fetched.
+
+    Of a Hub model in a dry run it is what the settings say. Raises InputError where they say something else than the model.
+    """
+    said = settings.pipeline_class
+    if pipe is None and settings.tiny and said is not None and registry.locate(settings.pipeline) is None:
+        return said
+    found = _index(settings.pipeline, settings.revision)[1] if pipe is None else type(pipe).__name__
+    if said not in (None, found):
+        raise InputError(f"The model '{settings.pipeline}' is a {found}, and pipeline_class says {said}: mend the one or the other.")
+    return found
+
+
+def open_pipeline(settings: Settings, dtype: torch.dtype = torch.float32) -> Any:
+    """The pipeline of the settings, as `load_pipeline` has it; in a dry run its tiny twin, always with the same random weights.
+
+    Embedded models are their own twins. Raises InputError where it cannot, and for an adapter that makes no twin.
+    """
+    name = class_of(settings)
+    if not settings.tiny or settings.pipeline in registry.MODELS:
+        return load_pipeline(settings.pipeline, settings.revision, dtype)
+    make = getattr(adapter_of(name), "tiny", None)
+    if make is None:
+        raise InputError(
+            f"The adapter of {name} makes no tiny twin, which a dry run trains: it lacks a function tiny() that gives such a pipeline "
+            "with random weights. See 'A pipeline' in docs/design.md, or leave --tiny out."
+        )
+    with quiet(), torch.random.fork_rng(devices=[]):
+        return make()
+
+
 def network_of(pipe: Any) -> str:
     """The name under which a pipeline holds its denoising network."""
     return "transformer" if "transformer" in pipe.components else "unet"
@@ -133,7 +165,7 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
     if settings.vae_precision == "fp16" and device.type == "cpu":
         raise InputError("vae_precision fp16 needs a GPU: on a CPU use --vae-precision fp32 (or bf16).")
     precision = "fp32" if settings.full else settings.precision
-    pipe = load_pipeline(settings.pipeline, settings.revision, DTYPES[precision]) if pipe is None else pipe
+    pipe = open_pipeline(settings, DTYPES[precision]) if pipe is None else pipe
     adapter = adapter_of(type(pipe).__name__)
     policy = adapter.of(
         pipe,

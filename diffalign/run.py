@@ -24,7 +24,7 @@ from diffalign.data import Prompt, read_file, text_of, write_file
 from diffalign.errors import InputError
 from diffalign.evaluate import sample, sheet
 from diffalign.media import to_pil
-from diffalign.models import load_pipeline, make_policy, network_of
+from diffalign.models import make_policy, network_of, open_pipeline
 from diffalign.settings import LIVE
 
 PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "pillow")
@@ -110,7 +110,7 @@ class Run:
         """The diffusers pipeline with what was trained, ready to call: `run.pipeline("a red circle").images[0]`."""
         if self.live is not None:
             return self.live
-        return self.load_into(load_pipeline(self._source(), self.plan.settings.revision))
+        return self.load_into(self._base())
 
     def load_into(self, pipe: Any) -> Any:
         """Put what was trained into its base pipeline; raises InputError where the files are missing or damaged."""
@@ -134,13 +134,13 @@ class Run:
             return self.trained
         settings = self.plan.settings
         if self.live is None:  # a pipeline of its own: the policy's precision is not the plain pipeline's
-            policy = make_policy(settings, self.load_into(load_pipeline(self._source(), settings.revision)), train=False)
+            policy = make_policy(settings, self.load_into(self._base()), train=False)
         else:
             policy = make_policy(settings, self.live, train=False)
         if settings.full:
             if self.live is not None:
                 raise InputError(f"{self.path} trained all weights of a live object: its base model is not known here. Use run.pipeline.")
-            base = load_pipeline(self._source(), settings.revision)
+            base = self._base()
             policy.frozen = getattr(base, network_of(base)).to(policy.module.device)
         return policy
 
@@ -179,11 +179,10 @@ class Run:
             to_pil(image).save(path)
         return paths
 
-    def _source(self) -> str:
-        source = self.plan.settings.pipeline
-        if source == LIVE:
+    def _base(self) -> Any:
+        if self.plan.settings.pipeline == LIVE:
             raise InputError(f"{self.path} was made from a live pipeline object: diffalign.load(folder, pipe=...) wants it again.")
-        return source
+        return open_pipeline(self.plan.settings)
 
     def _weights(self, name: str) -> Path:
         if not (self.path / name).is_dir():

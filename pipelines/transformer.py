@@ -29,6 +29,7 @@ class TransformerFamily:
     `call(pipe, x_t, t, tensors, told)` is the network's velocity, x_t and the result being (B, C, h, w) and t (B,) diffusers' timesteps.
     `multiple(pipe)` is what a picture's sides are multiples of. `check(pipe, height, width)` raises InputError for what does not fit.
     `distilled`: guidance_scale is told to the network, where it takes one, and classifier-free guidance is true_cfg_scale.
+    `tiny` makes such a pipeline with random weights, for dry runs.
     """
 
     encode: Callable[[Any, list[str], int, str | torch.device], Sequence[Tensor]]
@@ -40,6 +41,7 @@ class TransformerFamily:
     spare: tuple[str, ...] = ()
     spacing: Literal["scheduler", "linear"] = "scheduler"
     distilled: bool = False
+    tiny: Callable[[], Any] | None = None
 
     def of(
         self,
