@@ -18,7 +18,7 @@ from diffalign.data import check_prompts, read_prompts
 from diffalign.errors import InputError
 from diffalign.inputs import check_reward, eval_rewards, given_prompts, named_rewards, open_data, prompt_lists
 from diffalign.media import read_image
-from diffalign.models import make_policy, prepare_to_train
+from diffalign.models import adapter_of, class_of, make_policy, prepare_to_train
 from diffalign.preflight import Finding, preflight
 from diffalign.run import Run
 from diffalign.session import evaluate_into, start
@@ -125,6 +125,7 @@ def score_files(reward: str, files: Sequence[Path], prompt: str | None = None, s
 
 def check(plan: Plan) -> Iterator[Finding]:
     """The preflight of a plan: see `diffalign.preflight`."""
+    adapter_of(class_of(plan.settings))
     if plan.settings.tiny:
         yield Finding("tiny", None, tiny.in_words(plan.settings))
     given = given_prompts(plan.settings)

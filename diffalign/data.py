@@ -135,7 +135,8 @@ def read_prompts(source: str, part: str = "train") -> list[Prompt]:
 def read_file(path: Path, root: Path | None) -> list[Prompt]:
     """Prompts of a file as `read_prompts` has them; their pictures are not opened, and lie in `root`, where one is given."""
     if not path.is_file() and not path.is_fifo():  # such as the shell's <(command)
-        raise InputError(f"There is no prompt file {path}. Give a text file with one prompt a line, or one of: {', '.join((*MODELS, *PROMPTS))}.")
+        known = ", ".join((*MODELS, *PROMPTS))
+        raise InputError(f"There is no prompt file {path}. Give a text file with one prompt a line, or one of: {known}.")
     try:
         text = path.read_text(encoding="utf-8-sig")  # with or without a byte-order mark
     except UnicodeDecodeError as error:
@@ -174,7 +175,7 @@ def _to_json(prompt: Prompt) -> dict[str, str]:
 
 
 def _of_json(line: str, path: Path, number: int, root: Path | None) -> Prompt:
-    where = f"{path}, line {number}"
+    where = f"{path}, {'entry' if path.suffix == '.json' else 'line'} {number}"
     try:
         values = json.loads(line)
         prompt = values["prompt"]
