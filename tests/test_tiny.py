@@ -16,7 +16,7 @@ import torch
 import diffalign
 from diffalign import registry, tiny
 from diffalign.config import resolve
-from diffalign.contract import CheckedReward, FunctionReward
+from diffalign.contract import CheckedReward, FunctionReward, as_reward
 from diffalign.data import PicturePrompt, read_prompts
 from diffalign.errors import InputError
 from diffalign.models import class_of, open_pipeline
@@ -100,7 +100,7 @@ def test_what_is_cut_and_what_stays() -> None:
 
 
 def test_rewards_with_weights_are_opened_as_their_twins() -> None:
-    checked = CheckedReward(HPS(batch_size=3), "hps-v2", tiny=True)
+    checked = CheckedReward(as_reward(HPS(batch_size=3)), "hps-v2", tiny=True)
     checked.open()
     twin = checked.reward
     assert isinstance(twin, HPS)
