@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from diffalign import registry
+from diffalign import registry, tiny
 from diffalign.config import Plan, resolve
 from diffalign.console import say
 from diffalign.contract import CheckedReward
@@ -18,7 +18,7 @@ from diffalign.data import check_prompts, read_prompts
 from diffalign.errors import InputError
 from diffalign.inputs import check_reward, eval_rewards, given_prompts, named_rewards, open_data, prompt_lists
 from diffalign.media import read_image
-from diffalign.models import make_policy, prepare_to_train
+from diffalign.models import adapter_of, class_of, make_policy, prepare_to_train
 from diffalign.preflight import Finding, preflight
 from diffalign.run import Run
 from diffalign.session import evaluate_into, start
@@ -59,6 +59,7 @@ def align(
     sources = {"prompts": prompts, "eval_prompts": eval_prompts}
     nested |= {name: str(value) for name, value in sources.items() if isinstance(value, str | Path)}
     plan = resolve(nested, object_reward)
+    plan = tiny.cut(plan) if plan.settings.tiny else plan
     lists = [None if value is None or isinstance(value, str | Path) else check_prompts(list(value)) for value in sources.values()]
     return start(plan, output, live, *lists)
 
@@ -81,7 +82,7 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluate a finished run on held-out prompts, by default as its training did at its end; write what was found, and return it."""
     plan = run.plan
-    checked = named_rewards(rewards) if rewards else _own_rewards(run)
+    checked = named_rewards(rewards, dry=plan.settings.tiny) if rewards else _own_rewards(run)
     if not checked:
         raise InputError(f"{run.path} was trained on a reward given as a Python object: name others with --reward NAME.")
     texts = read_prompts(prompts, "heldout") if prompts else run.read_prompts("heldout")
@@ -133,6 +134,9 @@ def score_files(
 
 def check(plan: Plan) -> Iterator[Finding]:
     """The preflight of a plan: see `diffalign.preflight`."""
+    adapter_of(class_of(plan.settings))
+    if plan.settings.tiny:
+        yield Finding("tiny", None, tiny.in_words(plan.settings))
     given = given_prompts(plan.settings)
     if plan.reward is not None:
         plan.reward.open()

@@ -154,6 +154,10 @@ def _plan(arguments: list[str], command: str) -> tuple[Plan, str | None] | None:
         raise InputError("output is empty: give a value, or leave it out.")
     plan = settle(parsed, names)
     check_needs(plan)
+    if plan.settings.tiny:
+        from diffalign.tiny import cut
+
+        plan = cut(plan)
     if show:
         import yaml
 
@@ -191,6 +195,8 @@ def _train(arguments: list[str]) -> int:
 
 
 def _resume(arguments: list[str]) -> int:
+    if "--tiny" in arguments:
+        raise InputError("--tiny: a dry run goes on as one without being told so, and no other run becomes one. Drop it.")
     parser = _parser("train", "diffalign train --resume runs/NAME --steps 200")
     parser.add_argument("--resume", required=True, metavar="DIR", help="the run folder")
     parser.add_argument("--steps", type=int, help="another number of optimiser steps than the run's")

@@ -95,7 +95,7 @@ class Plan:
 
 def _absolute(source: str | None) -> str | None:
     """A file or folder from the root; None, names, and what is on the Hub as they are."""
-    if source is None or source in (*registry.MODELS, LIVE) or source.startswith("hf:"):
+    if source is None or source in (*registry.MODELS, *registry.PROMPTS, LIVE) or source.startswith("hf:"):
         return source
     return str(Path(source).expanduser().absolute())
 
@@ -227,7 +227,7 @@ def settle(parsed: Namespace, names: Names, reward: Any = None) -> Plan:
         checked = CheckedReward(as_reward(reward), names.reward or "reward")
     elif names.reward is not None:
         made = reward_class(**reward_fields) if isinstance(reward_class, type) else reward_class
-        checked = CheckedReward(as_reward(made), short_name(names.reward))
+        checked = CheckedReward(as_reward(made), short_name(names.reward), tiny=values["tiny"])
     settings = Settings(**{**values, "lora": LoRA(**values["lora"]), "betas": tuple(values["betas"])})
     return Plan(settings, names.method, method, names.reward, checked, reward_fields, reward is not None)
 

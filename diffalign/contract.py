@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -55,12 +57,14 @@ def short_name(name: str) -> str:
 class CheckedReward:
     """A reward whose every answer is checked and counted. Same call; `queries` is the number of media it has scored.
 
-    Raises InputError where the reward fails, or its answer is no finite float tensor of shape (B,).
+    `tiny`: where it has weights, it is opened as its twin with tiny random ones. Raises InputError where the reward fails, or its
+    answer is no finite float tensor of shape (B,).
     """
 
     reward: Reward
     name: str
     queries: int = 0
+    tiny: bool = False
 
     @property
     def differentiable(self) -> bool:
@@ -71,9 +75,16 @@ class CheckedReward:
         return self.reward.modality
 
     def open(self) -> None:
-        """Load the weights of a reward that has some; raises InputError for what is wrong with them before anything expensive is done."""
-        if isinstance(self.reward, LearnedReward):
-            self.reward.open()
+        """Load the weights of a reward that has some; raises InputError for what is wrong with them, before anything expensive is done."""
+        reward = self.reward
+        if not isinstance(reward, LearnedReward):
+            return
+        if not self.tiny:
+            reward.open()
+            return
+        with TemporaryDirectory() as folder:
+            self.reward, self.tiny = reward.tiny(Path(folder)), False
+            self.open()
 
     def __call__(self, media: Tensor, prompts: Prompts) -> Tensor:
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):

@@ -15,7 +15,7 @@ from torch import Generator
 from diffalign.cache import digest
 from diffalign.errors import InputError
 from diffalign.media import data_uri, decode_image, fit, from_data_uri
-from diffalign.registry import MODELS
+from diffalign.registry import MODELS, PROMPTS
 from diffalign.types import PictureField, PicturePolicy, Policy, Prompts
 
 
@@ -109,8 +109,8 @@ def check_pictures(prompts: Sequence[Prompt], policy: Policy | None) -> list[Pic
 
 
 def read_prompts(source: str, part: str = "train") -> list[Prompt]:
-    """Prompts from a file (.txt: one a line; .jsonl: the keys 'prompt' and, where the pipeline takes them, 'image' and 'mask'), the name
-    of an embedded model, or `hf:user/dataset/path/in/it.txt`.
+    """Prompts from a file (.txt: one a line; .jsonl: the keys 'prompt' and, where the pipeline takes them, 'image' and 'mask'; .json: a
+    list of texts or of such objects), the name of a list or of an embedded model, or `hf:user/dataset/path/in/it.txt`.
 
     A pipe is read like a .txt file, once. An image or a mask is a path in the file's folder, or a data: URI. `part` ('train' or 'heldout')
     picks the list of an embedded model. Raises InputError for a file that is missing, empty or no text, and for pictures that are missing
@@ -119,6 +119,8 @@ def read_prompts(source: str, part: str = "train") -> list[Prompt]:
     if source in MODELS:
         folder = MODELS[source] / "prompts"
         path = next((p for p in (folder / f"{part}.txt", folder / f"{part}.jsonl") if p.is_file()), folder / f"{part}.txt")
+    elif source in PROMPTS:
+        path = PROMPTS[source]
     elif source.startswith("hf:"):
         path = _download(source.removeprefix("hf:"))
     else:
@@ -133,18 +135,30 @@ def read_prompts(source: str, part: str = "train") -> list[Prompt]:
 def read_file(path: Path, root: Path | None) -> list[Prompt]:
     """Prompts of a file as `read_prompts` has them; their pictures are not opened, and lie in `root`, where one is given."""
     if not path.is_file() and not path.is_fifo():  # such as the shell's <(command)
-        raise InputError(f"There is no prompt file {path}. Give a text file with one prompt a line, or one of: {', '.join(MODELS)}.")
+        known = ", ".join((*MODELS, *PROMPTS))
+        raise InputError(f"There is no prompt file {path}. Give a text file with one prompt a line, or one of: {known}.")
     try:
         text = path.read_text(encoding="utf-8-sig")  # with or without a byte-order mark
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is no text file (UTF-8). Give one prompt a line.") from error
     if "\0" in text:
         raise InputError(f"{path} is a binary file. Give one prompt a line.")
-    lines = [line.strip() for line in text.splitlines()]
-    prompts = [_of_json(line, path, i, root) if path.suffix == ".jsonl" else line for i, line in enumerate(lines, 1) if line]
+    lines = [line.strip() for line in (_listed(text, path) if path.suffix == ".json" else text.splitlines())]
+    prompts = [_of_json(line, path, i, root) if path.suffix in (".json", ".jsonl") else line for i, line in enumerate(lines, 1) if line]
     if not prompts:
         raise InputError(f"{path} holds no prompts. Give one prompt a line.")
     return prompts
+
+
+def _listed(text: str, path: Path) -> list[str]:
+    """The entries of a JSON list of texts (as HPDv2's benchmark) or of objects, as lines of .jsonl."""
+    try:
+        entries = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path} is no JSON ({error}).") from error
+    if not isinstance(entries, list):
+        raise InputError(f'{path} is no list: expected ["a dog", ...] or [{{"prompt": "a dog"}}, ...].')
+    return [json.dumps({"prompt": entry} if isinstance(entry, str) else entry) for entry in entries]
 
 
 def write_file(path: Path, prompts: Sequence[Prompt]) -> None:
@@ -161,7 +175,7 @@ def _to_json(prompt: Prompt) -> dict[str, str]:
 
 
 def _of_json(line: str, path: Path, number: int, root: Path | None) -> Prompt:
-    where = f"{path}, line {number}"
+    where = f"{path}, {'entry' if path.suffix == '.json' else 'line'} {number}"
     try:
         values = json.loads(line)
         prompt = values["prompt"]

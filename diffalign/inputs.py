@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
-from diffalign import examples, registry
+from diffalign import examples, registry, tiny
 from diffalign.config import Plan
 from diffalign.console import say
 from diffalign.contract import CheckedReward, as_reward, check_gradient, short_name
 from diffalign.data import Prompt, batch_of, hold_out, read_prompts, takes
 from diffalign.errors import InputError
 from diffalign.examples import ExampleSet
+from diffalign.models import adapter_of, class_of
 from diffalign.settings import Settings
 
 Data = tuple[ExampleSet, ExampleSet] | None  # training and held-out examples
@@ -33,7 +35,9 @@ def open_data(plan: Plan, policy: Any, accelerator: Any = None) -> Data:
         assert settings.data is not None
         skip, needs = settings.bad_pictures == "skip", plan.method.needs
         reward = plan.reward if needs.reward and needs.data_role == "only" else None  # where the method wants the data scored
-        return examples.read(settings.data, kind, policy, reward=reward, limit=settings.data_limit, skip=skip, seed=settings.seed, say=say)
+        limit, seed = settings.data_limit, settings.seed
+        with tiny.data(kind, takes(policy)) if tiny.made(settings, settings.data) else nullcontext(settings.data) as source:
+            return examples.read(source, kind, policy, reward=reward, limit=limit, skip=skip, seed=seed, say=say)
 
     if accelerator is None:
         return read()
@@ -49,12 +53,18 @@ def given_prompts(
     Raises InputError for a wrong file, and where there are none and no data to take them from.
     """
     if prompts is None and settings.prompts is not None:
-        prompts = read_prompts(settings.prompts)
+        prompts = _read(settings, settings.prompts)
     if held is None and settings.eval_prompts is not None:
-        held = read_prompts(settings.eval_prompts, "heldout")
+        held = _read(settings, settings.eval_prompts, "heldout")
     if prompts is None and settings.data is None:
         raise InputError("No prompts: give --prompts FILE (one a line), or --prompts shapes.")
     return prompts, held
+
+
+def _read(settings: Settings, source: str, part: str = "train") -> list[Prompt]:
+    if tiny.made(settings, source):
+        return tiny.prompts(getattr(adapter_of(class_of(settings)), "takes", ()))
+    return read_prompts(source, part)
 
 
 def prompt_lists(
@@ -75,17 +85,17 @@ def prompt_lists(
 def eval_rewards(plan: Plan) -> list[CheckedReward]:
     """The rewards of the plan's evaluation, opened: the one that is trained on, and the others that are named."""
     if plan.reward is None:
-        return named_rewards(plan.settings.eval_rewards or [])
+        return named_rewards(plan.settings.eval_rewards or [], dry=plan.settings.tiny)
     plan.reward.open()
     others = [name for name in plan.settings.eval_rewards or [] if name != plan.reward_name]
-    return [CheckedReward(plan.reward.reward, plan.reward.name), *named_rewards(others)]
+    return [CheckedReward(plan.reward.reward, plan.reward.name), *named_rewards(others, dry=plan.settings.tiny)]
 
 
-def named_rewards(names: Sequence[str], fields: Mapping[str, Any] | None = None) -> list[CheckedReward]:
-    """The rewards of these names, opened. `fields` are for all of them; without, they have their defaults."""
+def named_rewards(names: Sequence[str], fields: Mapping[str, Any] | None = None, *, dry: bool = False) -> list[CheckedReward]:
+    """The rewards of these names, opened; `dry`: as their tiny twins. `fields` are for all of them; without, they have their defaults."""
     found = [(name, *registry.find("rewards", name)) for name in dict.fromkeys(names)]
     rewards = [
-        CheckedReward(as_reward(thing(**{**preset, **(fields or {})}) if isinstance(thing, type) else thing), short_name(name))
+        CheckedReward(as_reward(thing(**{**preset, **(fields or {})}) if isinstance(thing, type) else thing), short_name(name), tiny=dry)
         for name, thing, preset in found
     ]
     for reward in rewards:

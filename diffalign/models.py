@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from diffalign import knobs, registry
+from diffalign import knobs, registry, sources
 from diffalign.errors import InputError, nearest
 from diffalign.settings import Settings
-from diffalign.sources import class_of, folder_of, pickled
 
 OPTIONS = (
     "image_guidance_scale",
@@ -88,14 +87,46 @@ def load_pipeline(source: str, revision: str | None = None, dtype: torch.dtype =
 
     Its VAE is in fp32, the rest in `dtype`. Weights are safetensors, or .bin files that torch loads weights-only.
     """
-    pipeline_class = class_named(class_of(source, revision))
-    where = folder_of(source, revision, pipeline_class)
+    pipeline_class = class_named(sources.class_of(source, revision))
+    where = sources.folder_of(source, revision, pipeline_class)
     try:
         with quiet():
             return pipeline_class.from_pretrained(str(where), dtype={"default": dtype, "vae": torch.float32})
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"The model in {where} does not load: {reason} Fetch or save it again.") from error
+
+
+def class_of(settings: Settings, pipe: Any = None) -> str:
+    """Name of the diffusers class of the settings' model, or of the live `pipe`, from its index: no weights are fetched.
+
+    Of a Hub model in a dry run it is what the settings say. Raises InputError where they say something else than the model.
+    """
+    said = settings.pipeline_class
+    if pipe is None and settings.tiny and said is not None and registry.locate(settings.pipeline) is None:
+        return said
+    found = sources.class_of(settings.pipeline, settings.revision) if pipe is None else type(pipe).__name__
+    if said not in (None, found):
+        raise InputError(f"The model '{settings.pipeline}' is a {found}, and pipeline_class says {said}: mend the one or the other.")
+    return found
+
+
+def open_pipeline(settings: Settings, dtype: torch.dtype = torch.float32) -> Any:
+    """The pipeline of the settings, as `load_pipeline` has it; in a dry run its tiny twin, always with the same random weights.
+
+    Embedded models are their own twins. Raises InputError where it cannot, and for an adapter that makes no twin.
+    """
+    name = class_of(settings)
+    if not settings.tiny or settings.pipeline in registry.MODELS:
+        return load_pipeline(settings.pipeline, settings.revision, dtype)
+    make = getattr(adapter_of(name), "tiny", None)
+    if make is None:
+        raise InputError(
+            f"The adapter of {name} makes no tiny twin, which a dry run trains: it lacks a function tiny() that gives such a pipeline "
+            "with random weights. See 'A pipeline' in docs/design.md, or leave --tiny out."
+        )
+    with quiet(), torch.random.fork_rng(devices=[]):
+        return make()
 
 
 def network_of(pipe: Any) -> str:
@@ -117,7 +148,7 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
     knobs.check_device(settings, device)
     precision = "fp32" if settings.full else settings.precision
     ours = pipe is None
-    pipe = load_pipeline(settings.pipeline, settings.revision, DTYPES[precision]) if ours else pipe
+    pipe = open_pipeline(settings, DTYPES[precision]) if ours else pipe
     adapter = adapter_of(type(pipe).__name__)
     policy = adapter.of(
         pipe,
@@ -132,7 +163,7 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
     if settings.full:
         policy.dtype = DTYPES[settings.precision]
     knobs.install(policy, settings)
-    parts = pickled(Path(pipe.name_or_path)) if ours else []
+    parts = sources.pickled(Path(pipe.name_or_path)) if ours and pipe.name_or_path else []
     if parts:
         policy.notes = (*policy.notes, f"The weights of {', '.join(parts)} are .bin files: loaded weights-only, nothing in them was run.")
     return prepare_to_train(policy, settings) if train else policy

@@ -124,6 +124,7 @@ UNSUITED = {
     "StableDiffusionXLImg2ImgPipeline": "SDXL's refiner works on pictures of the base model: align that one (StableDiffusionXLPipeline), "
     "and refine its pictures as before.",
 }
+PROMPTS = {"animals": Path(__file__).parent / "assets" / "prompts" / "animals.txt"}  # the 45 of DDPO (arXiv 2305.13301)
 MODELS = {name: Path(__file__).parent / "assets" / name for name in ("shapes", "shapes-edit")}
 TABLES: dict[Kind, dict[str, Entry]] = {"methods": METHODS, "rewards": REWARDS, "pipelines": PIPELINES}
 

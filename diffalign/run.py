@@ -28,9 +28,8 @@ from diffalign.evaluate import sample, sheet
 from diffalign.knobs import to_sample
 from diffalign.lora import WEIGHTS
 from diffalign.media import to_pil
-from diffalign.models import class_named, device_of, load_pipeline, make_policy, network_of, quiet
-from diffalign.settings import LIVE
-from diffalign.sources import class_of
+from diffalign.models import class_named, class_of, device_of, make_policy, network_of, open_pipeline, quiet
+from diffalign.settings import LIVE, Settings
 
 PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "pillow")
 
@@ -115,7 +114,7 @@ class Run:
         """The diffusers pipeline with what was trained, ready to call: `run.pipeline("a red circle").images[0]`."""
         if self.live is not None:
             return self.live
-        return self.load_into(load_pipeline(self._source(), self.plan.settings.revision))
+        return self.load_into(self._base())
 
     def load_into(self, pipe: Any) -> Any:
         """Put what was trained into its base pipeline; raises InputError where the files are missing or damaged."""
@@ -139,13 +138,13 @@ class Run:
             return self.trained
         settings = to_sample(self.plan.settings, device_of(self.plan.settings))
         if self.live is None:  # a pipeline of its own: the policy's precision is not the plain pipeline's
-            policy = make_policy(settings, self.load_into(load_pipeline(self._source(), settings.revision)), train=False)
+            policy = make_policy(settings, self.load_into(self._base()), train=False)
         else:
             policy = make_policy(settings, self.live, train=False)
         if settings.full:
             if self.live is not None:
                 raise InputError(f"{self.path} trained all weights of a live object: its base model is not known here. Use run.pipeline.")
-            base = load_pipeline(self._source(), settings.revision)
+            base = self._base()
             policy.frozen = getattr(base, network_of(base)).to(policy.module.device)
         return policy
 
@@ -200,7 +199,7 @@ class Run:
             raise InputError(f"--output {path} is the run's own LoRA: choose another file.")
         if path.exists() and not force:
             raise InputError(f"{path} exists already: choose another --output, or --force to replace it.")
-        known = type(self.live) if self.live is not None else class_named(class_of(self._source(), self.plan.settings.revision))
+        known = type(self.live) if self.live is not None else class_named(class_of(self._named()))
         try:
             with quiet():
                 tensors = kohya.convert(weights, known)
@@ -216,11 +215,14 @@ class Run:
             raise InputError(f"{path} cannot be written ({error.strerror}): choose another --output.") from error
         return path
 
-    def _source(self) -> str:
-        source = self.plan.settings.pipeline
-        if source == LIVE:
+    def _named(self) -> Settings:
+        """The settings, of a run whose pipeline can be opened again. Raises InputError for that of a live object."""
+        if self.plan.settings.pipeline == LIVE:
             raise InputError(f"{self.path} was made from a live pipeline object: diffalign.load(folder, pipe=...) wants it again.")
-        return source
+        return self.plan.settings
+
+    def _base(self) -> Any:
+        return open_pipeline(self._named())
 
     def _weights(self, name: str) -> Path:
         if not (self.path / name).is_dir():

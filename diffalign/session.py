@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from diffalign import examples
+from diffalign import examples, tiny
 from diffalign.checkpoint import whole
 from diffalign.config import Plan, check_needs, resolve
 from diffalign.console import comparison, console, say, say_notes, watch
@@ -25,7 +25,7 @@ from diffalign.flags import flat
 from diffalign.inputs import Data, check_reward, eval_rewards, given_prompts, open_data, prompt_lists
 from diffalign.loop import Training, prepare, train
 from diffalign.memory import Trial, within_budget
-from diffalign.models import adapter_of, make_policy, prepare_to_train
+from diffalign.models import adapter_of, class_of, make_policy, prepare_to_train
 from diffalign.processes import failed_before, least_of_all, make_accelerator, one_for_all
 from diffalign.report import curve
 from diffalign.run import Run
@@ -52,13 +52,17 @@ def start(
     """Train a plan from its beginning, in a new run folder. Lists given here stand for the settings' files."""
     check_needs(plan)
     settings = plan.settings
-    if live is not None:
-        adapter_of(type(live).__name__)
+    if settings.tiny and live is not None:
+        raise InputError("tiny: a live pipeline has no twin. Give its folder or Hub id, or leave tiny out.")
+    adapter_of(class_of(settings, live))
     accelerator = make_accelerator(settings)
     path = Path(one_for_all(str(Path(output).expanduser() if output else _fresh_name(plan))))
     if accelerator.is_main_process:
         Run.refuse_existing(path)
-    examples.check(settings.data, plan.method.needs.data)
+    if settings.tiny:
+        say(tiny.in_words(settings))
+    if not tiny.made(settings, settings.data):
+        examples.check(settings.data, plan.method.needs.data)
     prompts, eval_prompts = given_prompts(settings, prompts, eval_prompts)
     rewards = eval_rewards(plan)
     policy = make_policy(settings, live, train=False)

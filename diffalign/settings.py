@@ -19,8 +19,13 @@ class Settings:
     """Model to align: shapes (embedded), a Hub id, or a folder in diffusers layout."""
     revision: str | None = None
     """Revision of a Hub model."""
+    pipeline_class: str | None = None
+    """Diffusers class of the model, such as StableDiffusionPipeline: what its own index says is held against it, and a dry run of a Hub
+    model asks no network then."""
+    tiny: bool = False
+    """A dry run: model and rewards with tiny random weights, few steps, prompts and data made here where they are not at hand."""
     prompts: str | None = None
-    """Training prompts: a .txt or .jsonl file, shapes, hf:user/dataset/file.txt, or a pipe, one prompt a line."""
+    """Training prompts: a .txt, .jsonl or .json file, shapes, animals, hf:user/dataset/file.txt, or a pipe, one prompt a line."""
     data: str | None = None
     """Data of the methods that need some (pairs, labels, edits, pictures): a folder, or hf:user/dataset; see docs/data.md."""
     data_limit: int | None = None

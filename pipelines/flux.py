@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import InputError
+from diffalign.pipelines.tiny import flux
 from diffalign.pipelines.transformer import Named, TransformerFamily
 
 
@@ -58,4 +59,5 @@ Flux = TransformerFamily(
     check=_check,
     spacing="linear",
     distilled=True,
+    tiny=flux,
 )

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from diffalign.errors import InputError
 from diffalign.pipelines.common import ONE_ENCODER, TWO_ENCODERS, posterior_mode
+from diffalign.pipelines.tiny import inpaint, inpaint_xl
 from diffalign.pipelines.unet import Named, UNetFamily
 from diffalign.types import Prompts
 
@@ -28,5 +29,5 @@ def masked_picture(pipe: Any, prompts: Prompts) -> tuple[Named, Named]:
     return shown, shown
 
 
-Inpaint = UNetFamily(ONE_ENCODER, takes=("image", "mask"), beside=("mask", "masked"), show=masked_picture)
-InpaintXL = replace(Inpaint, texts=TWO_ENCODERS)
+Inpaint = UNetFamily(ONE_ENCODER, takes=("image", "mask"), beside=("mask", "masked"), show=masked_picture, tiny=inpaint)
+InpaintXL = replace(Inpaint, texts=TWO_ENCODERS, tiny=inpaint_xl)

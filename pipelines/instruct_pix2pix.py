@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffalign.errors import InputError
 from diffalign.pipelines.common import TWO_ENCODERS, TextEncoding, posterior_mode
+from diffalign.pipelines.tiny import instruct_pix2pix, instruct_pix2pix_xl
 from diffalign.pipelines.unet import Named, UNetFamily
 from diffalign.types import Condition, Prompts
 
@@ -43,6 +44,12 @@ def two_scales(outputs: Sequence[Tensor], text_scale: float, image_scale: float)
 
 
 InstructPix2Pix = UNetFamily(
-    TextEncoding(clip), takes=("image",), beside=("source",), show=source, branches=both_source_neither, mix=two_scales
+    TextEncoding(clip),
+    takes=("image",),
+    beside=("source",),
+    show=source,
+    branches=both_source_neither,
+    mix=two_scales,
+    tiny=instruct_pix2pix,
 )
-InstructPix2PixXL = replace(InstructPix2Pix, texts=TWO_ENCODERS)
+InstructPix2PixXL = replace(InstructPix2Pix, texts=TWO_ENCODERS, tiny=instruct_pix2pix_xl)

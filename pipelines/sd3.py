@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import InputError
+from diffalign.pipelines.tiny import sd3
 from diffalign.pipelines.transformer import Named, TransformerFamily
 
 
@@ -43,4 +44,5 @@ StableDiffusion3 = TransformerFamily(
     tokens=256,
     multiple=_multiple,
     check=_check,
+    tiny=sd3,
 )

@@ -6,6 +6,7 @@ The base model alone: its refiner works on pictures of the base model, and is no
 from __future__ import annotations
 
 from diffalign.pipelines.common import TWO_ENCODERS
+from diffalign.pipelines.tiny import sdxl
 from diffalign.pipelines.unet import UNetFamily
 
-StableDiffusionXL = UNetFamily(TWO_ENCODERS)
+StableDiffusionXL = UNetFamily(TWO_ENCODERS, tiny=sdxl)

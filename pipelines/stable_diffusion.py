@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from diffalign.pipelines.common import ONE_ENCODER
+from diffalign.pipelines.tiny import stable_diffusion
 from diffalign.pipelines.unet import UNetFamily
 
-StableDiffusion = UNetFamily(ONE_ENCODER)
+StableDiffusion = UNetFamily(ONE_ENCODER, tiny=stable_diffusion)

@@ -33,6 +33,7 @@ class TransformerFamily:
     `size(pipe)` is the side of its own pictures, `multiple(pipe)` what sides are multiples of. `check(pipe, height, width)` raises
     InputError for what does not fit.
     `distilled`: guidance_scale is told to the network, where it takes one, and classifier-free guidance is true_cfg_scale.
+    `tiny` makes such a pipeline with random weights, for dry runs.
     """
 
     encode: Callable[[Any, list[str], int, str | torch.device], Sequence[Tensor]]
@@ -47,6 +48,7 @@ class TransformerFamily:
     spare: tuple[str, ...] = ()
     spacing: Literal["scheduler", "linear"] = "scheduler"
     distilled: bool = False
+    tiny: Callable[[], Any] | None = None
 
     def of(
         self,

@@ -30,7 +30,7 @@ class UNetFamily:
     """One family of pipelines; `of` makes a policy of a live one. An adapter is a value of this class.
 
     `takes` says which pictures prompts come with; `show` makes them into condition tensors, `beside` are those that the UNet sees as
-    channels after x_t's. `branches` and `mix` are its guidance.
+    channels after x_t's. `branches` and `mix` are its guidance. `tiny` makes such a pipeline with random weights, for dry runs.
     """
 
     texts: TextEncoding
@@ -39,6 +39,7 @@ class UNetFamily:
     show: Callable[[Any, Prompts], tuple[Named, Named]] = no_picture
     branches: Callable[[Condition], list[Named]] = without_and_with
     mix: Callable[[Sequence[Tensor], float, float], Tensor] = classifier_free
+    tiny: Callable[[], Any] | None = None
 
     def of(
         self,

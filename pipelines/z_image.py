@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from diffalign.errors import InputError
 from diffalign.pipelines.latent import Named
+from diffalign.pipelines.tiny import z_image
 from diffalign.pipelines.transformer import TransformerFamily
 
 
@@ -49,9 +50,10 @@ ZImage = TransformerFamily(
     call=_call,
     encoders={"text_encoder": "tokenizer"},
     tokens=512,
-    size=lambda pipe: 1024,
+    size=lambda pipe: vars(pipe).get("default_sample_size", 128) * pipe.vae_scale_factor,  # its own call knows 1024 pixels alone
     multiple=_multiple,
     check=_check,
     spacing="linear",
     lora_targets=("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),
+    tiny=z_image,
 )

@@ -9,7 +9,6 @@ import diffusers
 import pytest
 import test_flow_pipelines
 import tiny
-import tiny_flow
 import torch
 from parity import own_pictures, perturb, pictures, policy_of, trainable
 from safetensors import safe_open
@@ -134,23 +133,23 @@ def test_a_lora_with_several_alphas_of_our_own_is_written_right(tmp_path: Path):
 
 @pytest.mark.parametrize("targets", [None, ["to_q", "to_out.0"], ["x_embedder", "context_embedder"]])
 def test_flux(targets: list[str] | None, tmp_path: Path):
-    policy = test_flow_pipelines.a_policy(tiny_flow.flux(), LoRA(rank=2, alpha=5, target_modules=targets))
+    policy = test_flow_pipelines.a_policy(tiny.flux(), LoRA(rank=2, alpha=5, target_modules=targets))
     perturb(policy, 0.05)
-    file, pipe = exported(policy, tmp_path), tiny_flow.flux()
+    file, pipe = exported(policy, tmp_path), tiny.flux()
     pipe.load_lora_weights(tmp_path, weight_name=file.name)
-    base = test_flow_pipelines.own_pictures(policy, pipe=tiny_flow.flux())
+    base = test_flow_pipelines.own_pictures(policy, pipe=tiny.flux())
     theirs = test_flow_pipelines.own_pictures(policy, pipe=pipe)
     assert (theirs - base).abs().max() > 1e-3
     torch.testing.assert_close(theirs, test_flow_pipelines.pictures(policy), rtol=0, atol=1e-4)
-    continued = test_flow_pipelines.a_policy(tiny_flow.flux(), LoRA(init=str(file)))
+    continued = test_flow_pipelines.a_policy(tiny.flux(), LoRA(init=str(file)))
     torch.testing.assert_close(test_flow_pipelines.pictures(continued), test_flow_pipelines.pictures(policy), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("make", "targets", "says"),
     [
-        (tiny_flow.sd3, None, "StableDiffusion3Pipeline reads no kohya file of these layers. Use .*pytorch_lora_weights.safetensors"),
-        (tiny_flow.flux, ["to_q", "ff.net.2"], r"would lose layers: FluxPipeline does not read transformer_blocks.0.ff.net.2 from one"),
+        (tiny.sd3, None, "StableDiffusion3Pipeline reads no kohya file of these layers. Use .*pytorch_lora_weights.safetensors"),
+        (tiny.flux, ["to_q", "ff.net.2"], r"would lose layers: FluxPipeline does not read transformer_blocks.0.ff.net.2 from one"),
         (tiny.sdxl, ["to_q", "add_embedding.linear_1"], r"StableDiffusionXLPipeline does not read add_embedding.linear_1 from one"),
     ],
 )

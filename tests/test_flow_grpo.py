@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_flow
+import tiny
 import torch
 from by_hand import gradient, value
 from torch import Generator, Tensor
@@ -76,10 +76,10 @@ def test_the_loss_is_the_papers(name: str, sigma: str):
     assert float(torch.stack(kls).detach().mean()) > 1e-3, "the policy is away from its base"
 
 
-@pytest.mark.parametrize("make", sorted(tiny_flow.FAMILIES))
+@pytest.mark.parametrize("make", sorted(tiny.FLOWS))
 @pytest.mark.parametrize("name", ["flow-grpo", "dance-grpo"])
 def test_the_ratio_of_the_first_pass_is_1_to_the_last_bit_on_a_pipeline(make: str, name: str):
-    pipe = tiny_flow.FAMILIES[make]()
+    pipe = tiny.FLOWS[make]()
     policy = adapter_of(make).of(pipe, guidance_scale=3.0, max_sequence_length=8)
     policy.adapt(LoRA(rank=2))
     rng = Generator().manual_seed(7)
@@ -143,9 +143,9 @@ def test_the_presets_are_the_public_configurations():
     assert config.resolve({"method": "flow-grpo", "pipeline": "user/model", "guidance_scale": 1.0}).settings.guidance_scale == 1.0
 
 
-@pytest.mark.parametrize("make", sorted(tiny_flow.FAMILIES))
+@pytest.mark.parametrize("make", sorted(tiny.FLOWS))
 def test_a_training_by_name_moves_the_lora(make: str, tmp_path: Path):
-    pipe = tiny_flow.FAMILIES[make]()
+    pipe = tiny.FLOWS[make]()
     small: dict[str, Any] = {"inference_steps": 3, "batches": 1, "samples": 2, "updates": 1}
     given: dict[str, Any] = {"steps": 1, "batch_size": 2, "eval_size": 2, "sample_steps": 2, "lora": {"rank": 2}, "max_sequence_length": 8}
 
@@ -159,6 +159,6 @@ def test_a_training_by_name_moves_the_lora(make: str, tmp_path: Path):
     assert run.metrics[0]["grad_norm"] > 0
     assert run.metrics[0]["clip_fraction"] == 0
     assert run.evaluation
-    again = tiny_flow.FAMILIES[make]()
+    again = tiny.FLOWS[make]()
     again.load_lora_weights(run.path / "lora")
     assert any(p.any() for name, p in again.transformer.named_parameters() if "lora_B" in name)

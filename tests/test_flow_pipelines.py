@@ -9,7 +9,7 @@ from typing import Any
 
 import diffusers
 import pytest
-import tiny_flow
+import tiny
 import torch
 from torch import Generator, Tensor
 
@@ -28,15 +28,14 @@ STEPS = 4
 DYNAMIC = {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 32}
 
 
-@pytest.fixture(params=sorted(tiny_flow.FAMILIES))
+@pytest.fixture(params=sorted(tiny.FLOWS))
 def make(request: pytest.FixtureRequest) -> Any:
-    return tiny_flow.FAMILIES[request.param]
+    return tiny.FLOWS[request.param]
 
 
 def a_policy(pipe: Any, lora: LoRA | None = None, **options: Any) -> Any:
     """With classifier-free guidance of 4, which FLUX calls true."""
     guided = {"guidance_scale": 3.5, "true_cfg_scale": 4.0} if type(pipe).__name__ == "FluxPipeline" else {"guidance_scale": 4.0}
-    guided |= {"height": 16, "width": 16} if type(pipe).__name__ == "ZImagePipeline" else {}  # its own are of 1024 whatever its parts
     policy = adapter_of(type(pipe).__name__).of(pipe, **{**guided, "max_sequence_length": 12, **options})
     if lora is not None:
         policy.adapt(lora)
@@ -86,8 +85,8 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 
 def test_every_flow_pipeline_of_the_registry_is_tested_here():
     flows = {name for name, row in registry.PIPELINES.items() if row.target.split(":")[0].endswith((".sd3", ".flux", ".z_image"))}
-    assert set(tiny_flow.FAMILIES) == flows
-    for name, make in tiny_flow.FAMILIES.items():
+    assert set(tiny.FLOWS) == flows
+    for name, make in tiny.FLOWS.items():
         assert type(make()).__name__ == name
         assert sum(p.numel() for p in make().transformer.parameters()) < 400_000
 
@@ -107,7 +106,7 @@ SCHEDULERS = {
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_pictures_are_those_of_the_pipelines_own_call(make: Any, name: str, scale: float, kernel: Any):
     pipe = make(**SCHEDULERS[name])
-    scales: dict[str, Any] = {"guidance_scale": 3.5, "true_cfg_scale": scale} if make is tiny_flow.flux else {"guidance_scale": scale}
+    scales: dict[str, Any] = {"guidance_scale": 3.5, "true_cfg_scale": scale} if make is tiny.flux else {"guidance_scale": scale}
     policy = a_policy(pipe, negative_prompt="bad", **scales)
     theirs = own_pictures(policy, steps=5)
     close(pictures(policy, steps=5, kernel=kernel), theirs)
@@ -128,11 +127,11 @@ def test_another_size_has_its_own_positions_and_its_own_shift(make: Any, config:
 
 
 def test_without_t5_there_are_zeros_in_its_place():
-    policy = a_policy(tiny_flow.sd3(t5=False))
+    policy = a_policy(tiny.sd3(t5=False))
     close(pictures(policy), own_pictures(policy))
     assert not policy.encode(PROMPTS).tensors["encoder_hidden_states"][:, 16:].any()
     assert policy.notes == ("The pipeline has no text_encoder_3: zeros in the place of its embeddings, as in diffusers.",)
-    with_it = a_policy(tiny_flow.sd3())
+    with_it = a_policy(tiny.sd3())
     assert with_it.notes == ()
     assert with_it.encode(PROMPTS).tensors["encoder_hidden_states"][:, 16:].any()
 
@@ -141,13 +140,13 @@ def test_the_default_length_of_text_is_the_pipelines(make: Any):
     policy = a_policy(make(), max_sequence_length=None)
     theirs = own_pictures(policy)
     close(pictures(policy), theirs)
-    assert policy.encode(PROMPTS).tensors["encoder_hidden_states"].shape[1] == (256 + 16 if make is tiny_flow.sd3 else 512)
+    assert policy.encode(PROMPTS).tensors["encoder_hidden_states"].shape[1] == (256 + 16 if make is tiny.sd3 else 512)
 
 
 def test_flux_is_told_its_guidance_or_says_that_it_is_not():
-    told = [pictures(a_policy(tiny_flow.flux(), guidance_scale=scale, true_cfg_scale=1.0)) for scale in (1.0, 3.5)]
+    told = [pictures(a_policy(tiny.flux(), guidance_scale=scale, true_cfg_scale=1.0)) for scale in (1.0, 3.5)]
     assert (told[0] - told[1]).abs().max() > 1e-3
-    schnell = tiny_flow.flux(guidance_embeds=False)
+    schnell = tiny.flux(guidance_embeds=False)
     policy = a_policy(schnell, guidance_scale=3.5, true_cfg_scale=1.0)
     assert policy.notes == ("This model is told no guidance: guidance_scale 3.5 has no effect. true_cfg_scale has.",)
     close(pictures(policy), own_pictures(policy))
@@ -252,7 +251,7 @@ def test_a_new_lora_is_on_every_attention_of_both_streams(make: Any):
     names = {name for name, p in policy.module.named_parameters() if p.requires_grad}
     assert names == {name for name, _ in policy.module.named_parameters() if "lora_" in name}
     layers = {re.split(r"\.attn\.|\.attention\.", name.split(".lora_")[0])[-1] for name in names}
-    of_text = {"add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"} if make is not tiny_flow.z_image else set[str]()
+    of_text = {"add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"} if make is not tiny.z_image else set[str]()
     assert layers == {"to_q", "to_k", "to_v", "to_out.0", *of_text}
     encoders = [getattr(policy.pipe, name) for name in ("vae", *policy.encoders)]
     assert not any(p.requires_grad for module in encoders for p in module.parameters())
@@ -386,9 +385,9 @@ def test_a_size_that_does_not_fit_is_an_error(make: Any, height: int, width: int
 
 
 def test_stable_diffusion_3_knows_positions_up_to_a_size():
-    assert pictures(a_policy(tiny_flow.sd3(), height=32, width=4)).shape == (2, 3, 32, 4)
+    assert pictures(a_policy(tiny.sd3(), height=32, width=4)).shape == (2, 3, 32, 4)
     with pytest.raises(InputError, match="36 x 16 does not fit this model: it knows positions up to 32 pixels a side"):
-        a_policy(tiny_flow.sd3(), height=36, width=16)
+        a_policy(tiny.sd3(), height=36, width=16)
 
 
 def test_a_pipeline_without_a_part_is_refused(make: Any):
@@ -412,10 +411,8 @@ def test_a_length_of_text_that_makes_no_sense_is_an_error(make: Any, tokens: int
 
 
 def test_an_option_of_another_family_is_an_error():
-    import tiny
-
     with pytest.raises(InputError, match="true_cfg_scale is for FLUX"):
-        a_policy(tiny_flow.sd3(), true_cfg_scale=2.0)
+        a_policy(tiny.sd3(), true_cfg_scale=2.0)
     with pytest.raises(InputError, match="true_cfg_scale: the adapter of StableDiffusionPipeline takes none"):
         make_policy(Settings(true_cfg_scale=2.0), tiny.stable_diffusion())
     with pytest.raises(InputError, match=r"true_cfg_scale is 0.5: give 1 \(none\) or more"):

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import tiny
-import tiny_flow
 import torch
 from torch import Generator, Tensor, nn
 from torch._inductor import config as inductor
@@ -33,8 +32,8 @@ CHOSEN: dict[str, Any] = dict(device="cpu", batch_size=4, steps=2, guidance_scal
 ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "unet": tiny.stable_diffusion,
     "sdxl": tiny.sdxl,
-    "sd3": tiny_flow.sd3,
-    "flux": tiny_flow.flux,
+    "sd3": tiny.sd3,
+    "flux": tiny.flux,
 }
 
 

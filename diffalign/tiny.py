@@ -1,0 +1,135 @@
+"""A dry run (`--tiny`): the same training with tiny random weights and few of everything, so that a configuration is known to run.
+
+Pipelines and rewards are opened as their twins (`models.open_pipeline`, `CheckedReward.open`); here is what is left to be cut and made.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Generator
+
+from diffalign import registry
+from diffalign.config import Plan
+from diffalign.console import say
+from diffalign.data import PicturePrompt, Prompt
+from diffalign.errors import InputError
+from diffalign.media import data_uri, to_pil
+from diffalign.models import device_of
+from diffalign.settings import Settings
+from diffalign.types import Data, PictureField
+
+MOST = {"steps": 2, "batch_size": 2, "accumulate": 2, "eval_size": 2, "warmup_steps": 1}  # of the settings
+MOST_OF_METHOD = {"batches": 1, "samples": 2, "forwards": 1, "pretrain_batches": 1}
+DENOISING, SHOWN = 10, 4  # denoising steps of the method, and of pictures and evaluation
+COUNTED = ("inference_steps", "random_steps", "k", "first", "last")  # what counts the method's denoising steps
+TEXTS = [f"a {colour} {thing}" for colour in ("red", "blue", "grey") for thing in ("dog", "cat", "cow", "hen")]
+FILES: dict[Data, str] = {"pairs": "pairs.jsonl", "labels": "pairs.jsonl", "pictures": "pictures.jsonl", "edits": "edits.jsonl"}
+
+
+def cut(plan: Plan) -> Plan:
+    """The plan with few of everything that takes time: steps, batches, samples, denoising steps, pictures, examples.
+
+    Left out are what the twin cannot have (height and width, a LoRA to continue) and the trackers. On a CPU it computes in fp32, which
+    is said. Everything else stays as it is.
+    """
+    s, fields = plan.settings, vars(plan.method)
+    fewer: dict[str, Any] = {name: min(vars(s)[name], most) for name, most in MOST.items()}
+    if device_of(s).type == "cpu":
+        for name in ("precision", "vae_precision"):
+            if vars(s)[name] != "fp32":
+                say(f"A CPU computes the dry run in fp32, in the place of {name} {vars(s)[name]}.")
+        fewer |= {"precision": "fp32", "vae_precision": "fp32"}
+    settings = replace(
+        s,
+        **fewer,
+        sample_steps=min(plan.sample_steps, SHOWN),
+        sample_every=MOST["steps"],
+        data_limit=min(s.data_limit or len(TEXTS), len(TEXTS)),
+        height=None,
+        width=None,
+        lora=replace(s.lora, init=None),
+        log=[],
+    )
+    smaller: dict[str, Any] = {name: min(fields[name], most) for name, most in MOST_OF_METHOD.items() if name in fields}
+    steps = fields.get("inference_steps", 0)
+    if steps > DENOISING:
+        smaller |= {name: max(1, fields[name] * DENOISING // steps) for name in COUNTED if isinstance(fields.get(name), int)}
+    method: Any = plan.method
+    return replace(plan, settings=settings, method=replace(method, **smaller))
+
+
+def in_words(settings: Settings) -> str:
+    """One line for the person: what this run is."""
+    own = settings.pipeline in registry.MODELS
+    what = f"{settings.pipeline}" if own else f"random tiny weights in the place of {settings.pipeline}"
+    names = {"prompts": settings.prompts, "held-out prompts": settings.eval_prompts, "data": settings.data}
+    made_here = [f"{name} made up in the place of {source}" for name, source in names.items() if made(settings, source)]
+    parts = [what, "rewards with random tiny weights", *made_here, f"{settings.steps} steps"]
+    return f"A dry run (tiny): {', '.join(parts)}. It shows that the configuration runs; its numbers mean nothing."
+
+
+def made(settings: Settings, source: str | None) -> bool:
+    """Whether a dry run makes up what `source` names, prompts or data: it is on the Hub, or missing here."""
+    if not settings.tiny or source is None or source in (*registry.MODELS, *registry.PROMPTS):
+        return False
+    return source.startswith("hf:") or not Path(source).expanduser().exists()
+
+
+def prompts(takes: Sequence[PictureField]) -> list[Prompt]:
+    """Twelve prompts, with the pictures and masks that a pipeline takes; always the same ones."""
+    if not takes:
+        return list(TEXTS)
+    rng = Generator().manual_seed(0)
+    return [PicturePrompt(text, _picture(rng), _mask() if "mask" in takes else None) for text in TEXTS]
+
+
+@contextmanager
+def data(kind: Data, takes: Sequence[PictureField]) -> Iterator[str]:
+    """A folder, while the block runs, with twelve examples of the kind on which a method trains; always the same ones.
+
+    Raises InputError for trajectories, which a model must have sampled.
+    """
+    if kind not in FILES:
+        raise InputError(f"A dry run makes up no {kind}: give a folder that is here, or leave --data out.")
+    rng = Generator().manual_seed(1)
+    with TemporaryDirectory(prefix="diffalign-tiny-") as folder:
+        rows = [json.dumps(_row(kind, text, takes, rng)) for text in TEXTS]
+        (Path(folder) / FILES[kind]).write_text("\n".join(rows))
+        yield folder
+
+
+def _row(kind: Data, text: str, takes: Sequence[PictureField], rng: Generator) -> dict[str, str]:
+    one, other = (data_uri(_picture(rng)) for _ in range(2))
+    if kind == "edits":
+        return {"instruction": text, "source": one, "edited": other}
+    if kind == "pictures":
+        return {"prompt": text, "image": one}
+    about = {"image": data_uri(_picture(rng))} if takes else {}
+    return {"prompt": text, "chosen": one, "rejected": other, **about, **({"mask": data_uri(_mask())} if "mask" in takes else {})}
+
+
+def _picture(rng: Generator) -> bytes:
+    """A PNG of 32 x 32 random pixels."""
+    return _png(to_pil(torch.rand(3, 32, 32, generator=rng)))
+
+
+def _mask() -> bytes:
+    """A PNG of 32 x 32 pixels whose right half is filled."""
+    half = torch.zeros(3, 32, 32)
+    half[..., 16:] = 1
+    return _png(to_pil(half))
+
+
+def _png(picture: Any) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    return file.getvalue()
