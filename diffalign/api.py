@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ def align(
     *,
     method: str = "draft",
     reward: Any = None,
-    prompts: str | Path | Sequence[str | tuple[str, str | Path]] | None = None,
-    eval_prompts: str | Path | Sequence[str | tuple[str, str | Path]] | None = None,
+    prompts: str | Path | Sequence[str | tuple[str, *tuple[str | Path, ...]]] | None = None,
+    eval_prompts: str | Path | Sequence[str | tuple[str, *tuple[str | Path, ...]]] | None = None,
     output: str | Path | None = None,
     **given: Any,
 ) -> Run:
@@ -39,8 +40,9 @@ def align(
 
     `pipe` is a live diffusers pipeline (trained in place), a Hub id, a folder, or 'shapes'. `reward` is a name, or a callable
     `(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`. `prompts` is a list, or what `--prompts` takes; of an
-    editing pipeline a list of `(instruction, picture file)`. Everything else is a setting
-    (`steps=`, `learning_rate=`, `lora={"rank": 8}`, ...) or a field of the method (`k=`, `inference_steps=`, ...), as in config.yaml.
+    editing pipeline a list of `(instruction, picture file)`, for inpainting of `(text, picture file, mask file)`. Everything else is a
+    setting (`steps=`, `learning_rate=`, `lora={"rank": 8}`, ...) or a field of the method (`k=`, `inference_steps=`, ...), as in
+    config.yaml.
 
     Raises InputError for anything that cannot work, where possible before a model is loaded.
     """
@@ -92,7 +94,10 @@ def evaluate_run(
     if seed is not None and seed < 0:
         raise InputError(f"--seed is {seed}: give a whole number from 0.")
     seed = plan.settings.seed + 1 if seed is None else seed
-    results = evaluate_into(plan, run.policy, checked, texts[:limit], seed, target, target.with_suffix(".png"))
+    before: dict[str, Any] = {}
+    with suppress(InputError):
+        before = run.evaluation
+    results = evaluate_into(plan, run.policy, checked, texts[:limit], seed, target, target.with_suffix(".png"), pairs=before.get("pairs"))
     say(f"Written: {target} and {target.with_suffix('.png')}")
     return results
 

@@ -144,7 +144,8 @@ def _plan(arguments: list[str], command: str) -> tuple[Plan, str | None] | None:
 def _train_help(parser: Any, command: str) -> str:
     from diffalign.flags import help_of
 
-    resume = "  --resume DIR          Go on with an interrupted run (alone, or with --steps N).\n" if command == "train" else ""
+    resume = "  --resume DIR          Go on with a run, alone or with --steps N. A finished one starts a new round.\n"
+    resume = resume if command == "train" else ""
     more = f"options:\n{resume}  --print-config        Show the resolved settings as YAML, and stop.\n"
     text = help_of(parser).replace("options:\n", more, 1)
     return f"{text}\nexample: diffalign {command} --method draft --steps 100 --seed 1 --lora.rank 4"
@@ -194,6 +195,7 @@ def _sample(arguments: list[str]) -> int:
     parser.add_argument("run", help="the run folder")
     parser.add_argument("--prompt", action="append", required=True, help="again for several")
     parser.add_argument("--image", action="append", metavar="FILE", help="the picture to edit, of all prompts, or again for each")
+    parser.add_argument("--mask", action="append", metavar="FILE", help="for inpainting: white where it is filled; one, or one for each")
     parser.add_argument("--lora-scale", type=float, default=1.0, help="how much of the LoRA: 0 is the base model, 1 what was trained")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--steps", type=int, help="denoising steps; by default the run's")
@@ -203,15 +205,25 @@ def _sample(arguments: list[str]) -> int:
     from diffalign.data import check_prompts
     from diffalign.run import Run
 
-    images = (chosen.image or []) * (len(chosen.prompt) if len(chosen.image or []) == 1 else 1)
-    if images and len(images) != len(chosen.prompt):
-        raise InputError(f"{len(images)} pictures for {len(chosen.prompt)} prompts: give one --image for all, or one for each --prompt.")
-    prompts = list(zip(chosen.prompt, images, strict=True)) if images else chosen.prompt
+    prompts = _with_files(chosen.prompt, image=chosen.image, mask=chosen.mask)
     for path in Run.open(chosen.run).sample(
         check_prompts(prompts), seed=chosen.seed, steps=chosen.steps, lora_scale=chosen.lora_scale, output=chosen.output
     ):
         print(path)
     return 0
+
+
+def _with_files(prompts: list[str], **flags: list[str] | None) -> list[Any]:
+    """Each prompt with its files, `(prompt, file, ...)`: one of a flag for all, or one for each. The prompts alone without any."""
+    columns = list[list[str]]()
+    for flag, files in flags.items():
+        if files is not None:
+            if len(files) not in (1, len(prompts)):
+                raise InputError(f"{len(files)} {flag}s for {len(prompts)} prompts: give one --{flag} for all, or one for each --prompt.")
+            columns.append(files * (len(prompts) if len(files) == 1 else 1))
+    if flags["mask"] is not None and flags["image"] is None:
+        raise InputError("--mask: a mask is of a picture. Give its --image too.")
+    return list(zip(prompts, *columns, strict=True)) if columns else prompts
 
 
 def _eval(arguments: list[str]) -> int:

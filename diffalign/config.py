@@ -26,8 +26,8 @@ from diffalign.types import Method
 DATA = {
     "pairs": "preference pairs: --data FOLDER with pairs.jsonl (prompt, chosen, rejected). Make some: diffalign pairs --reward NAME "
     "--prompts FILE --output FOLDER",
-    "trajectories": "preference pairs with their trajectories: --data FOLDER. Make some: diffalign pairs --trajectories --prompts FILE "
-    "--output FOLDER",
+    "trajectories": "preference pairs with their trajectories: --data FOLDER. Make some: diffalign pairs --trajectories --reward NAME "
+    "--prompts FILE --output FOLDER",
     "labels": "pictures that are liked or not: --data FOLDER with labels.jsonl (prompt, image, label) or pairs.jsonl. Make some: diffalign "
     "pairs --reward NAME --prompts FILE --output FOLDER",
     "edits": "edits: --data FOLDER with edits.jsonl (source, instruction, edited), or --data shapes-edit. Make some: diffalign edits "

@@ -28,6 +28,12 @@ def show(table: Table) -> None:
     (out if out.is_terminal else Console(highlight=False, width=200)).print(table)
 
 
+def say_notes(policy: Any) -> None:
+    """What a policy does otherwise than its pipeline, where its adapter says something of that."""
+    for note in vars(policy).get("notes", ()):
+        say(note)
+
+
 def watch(rows: Iterable[Row], done: int, steps: int, shown: bool = True) -> Iterator[Row]:
     """Pass the rows on, showing step, reward and the time that is left."""
     columns = (

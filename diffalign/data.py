@@ -12,28 +12,45 @@ import torch
 from PIL import Image
 from torch import Generator
 
+from diffalign.cache import digest
 from diffalign.errors import InputError
 from diffalign.media import data_uri, decode_image, fit, from_data_uri
 from diffalign.registry import MODELS
-from diffalign.types import EditingPolicy, Policy, Prompts
+from diffalign.types import PictureField, PicturePolicy, Policy, Prompts
 
 
 @dataclass(frozen=True)
 class PicturePrompt:
-    """What to do with a picture; the picture is a file, or the bytes of one."""
+    """What to do with a picture, and where it is to be filled anew a mask; both are files, or the bytes of such."""
 
     text: str
     picture: Path | bytes
+    mask: Path | bytes | None = None
 
     def open(self) -> Image.Image:
         """The picture in RGB; raises InputError where it is missing or damaged."""
-        if isinstance(self.picture, bytes):
-            return decode_image(self.picture, f"The picture of '{self.text}'")
-        try:
-            data = self.picture.read_bytes()
-        except OSError as error:
-            raise InputError(f"The picture {self.picture} of the prompt '{self.text}' cannot be read ({error.strerror}).") from error
-        return decode_image(data, str(self.picture))
+        return _opened(self.picture, self.text, "picture")
+
+    def open_both(self) -> tuple[Image.Image, Image.Image | None]:
+        """The picture, and the mask in grey, white where the picture is to be filled; raises InputError also where their sizes differ."""
+        picture = self.open()
+        if self.mask is None:
+            return picture, None
+        mask = _opened(self.mask, self.text, "mask").convert("L")
+        if mask.size != picture.size:
+            sizes = f"{mask.width} x {mask.height}, and the picture {picture.width} x {picture.height}"
+            raise InputError(f"The mask of '{self.text}' is {sizes}: they must be of one size, so that one knows what is masked.")
+        return picture, mask
+
+
+def _opened(file: Path | bytes, text: str, what: str) -> Image.Image:
+    if isinstance(file, bytes):
+        return decode_image(file, f"The {what} of '{text}'")
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"The {what} {file} of the prompt '{text}' cannot be read ({error.strerror}).") from error
+    return decode_image(data, str(file))
 
 
 Prompt = str | PicturePrompt
@@ -44,37 +61,60 @@ def text_of(prompt: Prompt) -> str:
 
 
 def batch_of(prompts: Sequence[Prompt], policy: Policy | None = None) -> Prompts:
-    """Prompts as `policy` takes them, their pictures scaled and cut to its size; texts alone where there is no policy yet.
+    """Prompts as `policy` takes them, pictures and masks scaled and cut to its size; texts alone where there is no policy yet.
 
     Raises InputError as `check_pictures` does, and for a picture that is missing or damaged.
     """
     pictures = check_pictures(prompts, policy)
     texts = tuple(map(text_of, prompts))
-    if not isinstance(policy, EditingPolicy):
+    if not pictures or not isinstance(policy, PicturePolicy):
         return Prompts(texts)
-    return Prompts(texts, torch.stack([fit(prompt.open(), policy.height, policy.width) for prompt in pictures]))
+    opened, size = [prompt.open_both() for prompt in pictures], (policy.height, policy.width)
+    images = torch.stack([fit(picture, *size) for picture, _ in opened])
+    # scaled and cut as its picture is, then 1 where it is more white than black
+    masks = [(fit(mask.convert("RGB"), *size)[:1] >= 0.5).float() for _, mask in opened if mask is not None]
+    return Prompts(texts, images, torch.stack(masks) if masks else None)
+
+
+def takes(policy: Policy | None) -> tuple[PictureField, ...]:
+    """Which pictures the policy's prompts come with."""
+    return policy.takes if isinstance(policy, PicturePolicy) else ()
 
 
 def check_pictures(prompts: Sequence[Prompt], policy: Policy | None) -> list[PicturePrompt]:
-    """Those prompts that have a picture: all where the policy edits pictures, else none; raises InputError where it is otherwise."""
+    """Those prompts that have a picture: all where the policy takes pictures, else none; raises InputError where it is otherwise.
+
+    The same of masks.
+    """
+    wanted = takes(policy)
     pictures = [prompt for prompt in prompts if isinstance(prompt, PicturePrompt)]
-    bare = [prompt for prompt in prompts if isinstance(prompt, str)]
-    if isinstance(policy, EditingPolicy) and bare:
+    lacking: list[Prompt] = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if "mask" in wanted:
+        lacking += [prompt for prompt in pictures if prompt.mask is None]
+    if wanted and lacking:
+        what = "edits pictures" if wanted == ("image",) else "fills masked pictures"
+        none = "none" if isinstance(lacking[0], str) else "no mask"
+        example = ", ".join(['"prompt": "make it red"', '"image": "picture.png"', '"mask": "mask.png"'][: 1 + len(wanted)])
+        flags = " ".join(f"--{name} FILE" for name in wanted)
         raise InputError(
-            f"This pipeline edits pictures, and the prompt '{bare[0]}' has none. Give a .jsonl file of lines such as "
-            '{"prompt": "make it red", "image": "picture.png"}; to diffalign sample, --image FILE.'
+            f"This pipeline {what}, and the prompt '{text_of(lacking[0])}' has {none}. Give a .jsonl file of lines such as {{{example}}}; "
+            f"to diffalign sample, {flags}."
         )
-    if not isinstance(policy, EditingPolicy) and pictures:
-        raise InputError(f"This pipeline takes no picture, and the prompt '{pictures[0].text}' comes with one. Drop the pictures.")
+    masked = [prompt for prompt in pictures if prompt.mask is not None]
+    for name, found in (("image", pictures), ("mask", masked)):
+        if name not in wanted and found:
+            what = "picture" if name == "image" else "mask"
+            raise InputError(f"This pipeline takes no {what}, and the prompt '{found[0].text}' comes with one. Drop the {what}s.")
     return pictures
 
 
 def read_prompts(source: str, part: str = "train") -> list[Prompt]:
-    """Prompts from a file (.txt: one a line; .jsonl: the keys 'prompt' and, for an editing pipeline, 'image'), the name of an embedded
-    model, or `hf:user/dataset/path/in/it.txt`.
+    """Prompts from a file (.txt: one a line; .jsonl: the keys 'prompt' and, where the pipeline takes them, 'image' and 'mask'), the name
+    of an embedded model, or `hf:user/dataset/path/in/it.txt`.
 
-    A pipe is read like a .txt file, once. An image is a path in the file's folder, or a data: URI. `part` ('train' or 'heldout') picks the
-    list of an embedded model. Raises InputError for a file that is missing, empty or no text, and for pictures that are missing or damaged.
+    A pipe is read like a .txt file, once. An image or a mask is a path in the file's folder, or a data: URI. `part` ('train' or 'heldout')
+    picks the list of an embedded model. Raises InputError for a file that is missing, empty or no text, and for pictures that are missing
+    or damaged.
     """
     if source in MODELS:
         folder = MODELS[source] / "prompts"
@@ -86,7 +126,7 @@ def read_prompts(source: str, part: str = "train") -> list[Prompt]:
     prompts = read_file(path, path.parent)
     for prompt in prompts:
         if isinstance(prompt, PicturePrompt):
-            prompt.open()
+            prompt.open_both()
     return prompts
 
 
@@ -115,9 +155,9 @@ def write_file(path: Path, prompts: Sequence[Prompt]) -> None:
 def _to_json(prompt: Prompt) -> dict[str, str]:
     if isinstance(prompt, str):
         return {"prompt": prompt}
-    if isinstance(prompt.picture, Path):
-        return {"prompt": prompt.text, "image": str(prompt.picture.absolute())}
-    return {"prompt": prompt.text, "image": data_uri(prompt.picture)}
+    files = {"image": prompt.picture} | ({} if prompt.mask is None else {"mask": prompt.mask})
+    named = {name: str(file.absolute()) if isinstance(file, Path) else data_uri(file) for name, file in files.items()}
+    return {"prompt": prompt.text, **named}
 
 
 def _of_json(line: str, path: Path, number: int, root: Path | None) -> Prompt:
@@ -129,12 +169,15 @@ def _of_json(line: str, path: Path, number: int, root: Path | None) -> Prompt:
         raise InputError(f'{where}: expected an object with the key "prompt", such as {{"prompt": "a dog"}}.') from error
     if not isinstance(prompt, str) or not prompt.strip():
         raise InputError(f"{where}: the prompt is no text, or empty.")
-    return prompt.strip() if values.get("image") is None else PicturePrompt(prompt.strip(), _picture(values["image"], where, root))
+    image, mask = (None if values.get(key) is None else _picture(values[key], key, where, root) for key in ("image", "mask"))
+    if image is None and mask is not None:
+        raise InputError(f"{where}: there is a mask, and no image that it is of.")
+    return prompt.strip() if image is None else PicturePrompt(prompt.strip(), image, mask)
 
 
-def _picture(value: Any, where: str, root: Path | None) -> Path | bytes:
+def _picture(value: Any, key: str, where: str, root: Path | None) -> Path | bytes:
     if not isinstance(value, str) or not value or "\0" in value:
-        raise InputError(f"{where}: the image is no text: give a path in the file's folder.")
+        raise InputError(f"{where}: the {key} is no text: give a path in the file's folder.")
     if value.startswith("data:"):
         try:
             return from_data_uri(value)
@@ -162,14 +205,27 @@ def _download(name: str) -> Path:
 
 
 def check_prompts(prompts: Sequence[Any]) -> list[Prompt]:
-    """The prompts of a Python caller, texts or `(text, picture file)`; raises InputError where there are none, or one is empty."""
-    pairs: list[Any] = [PicturePrompt(p[0], Path(p[1])) if isinstance(p, tuple) and len(p) == 2 else p for p in prompts]
+    """The prompts of a Python caller, texts, `(text, picture file)` or `(text, picture file, mask file)`.
+
+    Raises InputError where there are none, one is empty, or a file cannot be used.
+    """
+    pairs: list[Any] = [_of_tuple(prompt) if isinstance(prompt, tuple) else prompt for prompt in prompts]
     if not pairs or any(not isinstance(p, Prompt) or not isinstance(text_of(p), str) or not text_of(p).strip() for p in pairs):
-        raise InputError("prompts: give a non-empty list of non-empty strings, or for an editing pipeline of (string, picture file).")
+        raise InputError(
+            "prompts: give a non-empty list of non-empty strings; for an editing pipeline of (string, picture file), for inpainting of "
+            "(string, picture file, mask file)."
+        )
     for prompt in pairs:
         if isinstance(prompt, PicturePrompt):
-            prompt.open()
+            prompt.open_both()
     return [prompt.strip() if isinstance(prompt, str) else replace(prompt, text=prompt.text.strip()) for prompt in pairs]
+
+
+def _of_tuple(prompt: tuple[Any, ...]) -> PicturePrompt | None:
+    files = prompt[1:]
+    if len(files) not in (1, 2) or not all(isinstance(file, str | Path) for file in files):
+        return None
+    return PicturePrompt(prompt[0], *map(Path, files))
 
 
 def hold_out(prompts: Sequence[Prompt], seed: int, share: float = 0.1, most: int = 256) -> tuple[list[Prompt], list[Prompt]]:
@@ -187,6 +243,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
     def take(self, indices: Sequence[int]) -> Any: ...
+    def contents(self) -> str: ...  # another one where an index means another thing
 
 
 @dataclass(frozen=True)
@@ -201,6 +258,9 @@ class PromptList:
 
     def take(self, indices: Sequence[int]) -> Prompts:
         return batch_of([self.prompts[i] for i in indices], self.policy)
+
+    def contents(self) -> str:
+        return digest(*map(text_of, self.prompts))
 
 
 @dataclass
@@ -225,11 +285,14 @@ class Stream:
         return self.source.take(taken[self.rank * self.batch_size : (self.rank + 1) * self.batch_size])
 
     def state(self) -> dict[str, Any]:
-        return {"rng": self.rng.get_state(), "queue": torch.tensor(self.queue, dtype=torch.int64), "size": len(self.source)}
+        queue = torch.tensor(self.queue, dtype=torch.int64)
+        return {"rng": self.rng.get_state(), "queue": queue, "size": len(self.source), "contents": self.source.contents()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a state; raises InputError where the source has another length: its indices would mean other things."""
+        """Go back to a state; raises InputError where the source holds something else: its indices would mean other things."""
         if state["size"] != len(self.source):
             raise InputError(f"The run was made with {state['size']} prompts or examples, and now there are {len(self.source)}.")
+        if state.get("contents", self.source.contents()) != self.source.contents():
+            raise InputError("The prompts or examples are not those that the run was made with: put them back, or start a new run.")
         self.rng.set_state(state["rng"])
         self.queue = state["queue"].tolist()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from diffalign.console import say
+from diffalign.console import say, say_notes
 from diffalign.data import PicturePrompt, check_pictures, read_prompts, text_of
 from diffalign.errors import InputError
 from diffalign.evaluate import sample
@@ -27,13 +28,15 @@ def make_edits(settings: Settings, folder: Path, samples: int) -> Path:
     if settings.prompts is None:
         raise InputError('No prompts: give --prompts FILE.jsonl of lines such as {"prompt": "make it red", "image": "picture.png"}.')
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists already: choose another --output.")
+        raise InputError(f"{folder} exists already: choose another --output, or remove it.")
     prompts = [prompt for prompt in read_prompts(settings.prompts) for _ in range(samples)]
     policy = make_policy(settings, train=False)
     check_pictures(prompts, policy)
+    say_notes(policy)
     chosen: dict[str, Any] = {"steps": settings.sample_steps or 50, "batch_size": settings.batch_size}
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    with (folder / "edits.jsonl").open("w", encoding="utf-8") as file:
+    draft = folder / "edits.jsonl.draft"  # renamed at the end: a folder that was stopped is no data
+    with draft.open("w", encoding="utf-8") as file:
         for start in range(0, len(prompts), BLOCK):
             block = prompts[start : start + BLOCK]
             pictures = sample(policy, block, seed=settings.seed * 1_000_003 + start, **chosen)
@@ -45,5 +48,6 @@ def make_edits(settings: Settings, folder: Path, samples: int) -> Path:
                 row = {"source": source, "instruction": text_of(prompt), "edited": edited}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
+    os.replace(draft, folder / "edits.jsonl")
     say(f"{folder}: {len(prompts):,} edits of {len(prompts) // samples:,} prompts.")
     return folder

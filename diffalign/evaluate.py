@@ -85,11 +85,19 @@ def evaluate(
 
 
 def sheet(rows: Sequence[tuple[str, Tensor]], prompts: Sequence[Prompt]) -> Image.Image:
-    """Rows of pictures under their prompts, as `media.grid` has them; above them the pictures that were edited, where there are some."""
+    """Rows of pictures under their prompts, as `media.grid` has them; above them the pictures that were edited, where there are some,
+    grey where they were masked."""
     height, width = rows[0][1].shape[-2:]
-    sources = [fit(prompt.open(), height, width) for prompt in prompts if isinstance(prompt, PicturePrompt)]
+    sources = [_source(prompt, height, width) for prompt in prompts if isinstance(prompt, PicturePrompt)]
     before = [("source", torch.stack(sources))] if sources else []
     return grid([*before, *rows], list(map(text_of, prompts)))
+
+
+def _source(prompt: PicturePrompt, height: int, width: int) -> Tensor:
+    picture, mask = prompt.open_both()
+    if mask is not None:
+        picture.paste("grey", mask=mask)
+    return fit(picture, height, width)
 
 
 @torch.no_grad()

@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from diffalign import layouts, records
-from diffalign.cache import cache_root
+from diffalign.cache import cache_root, digest
 from diffalign.contract import CheckedReward
-from diffalign.data import PicturePrompt, Prompt, batch_of, hold_out
+from diffalign.data import PicturePrompt, Prompt, batch_of, check_pictures, hold_out, text_of
 from diffalign.errors import InputError
 from diffalign.intake import Intake, Reel, Shelving, contents, decoded, device_of
 from diffalign.layouts import Row
@@ -65,6 +66,9 @@ class ExampleSet:
             taken=self.taken,
         )
 
+    def contents(self) -> str:
+        return digest(*(f"{text_of(e.prompt)}\0{Path(e.x_0).name}\0{Path(e.rejected or '').name}\0{e.desirable}" for e in self.examples))
+
     def _rows(self, keys: Sequence[str]) -> Tensor:
         return self.rows(keys).to(device_of(self.policy))
 
@@ -112,6 +116,7 @@ def read(
         found = [replace(example, score=score) for example, score in zip(found, scores, strict=True)]
     elif any(example.score is None for example in found):
         found = [replace(example, score=None) for example in found]
+    found = _agreeing(found, tally, say)
     prompts: list[Prompt] = [example.prompt for example in found]
     held_prompts = set(hold_out(prompts, seed)[1])
     held = [example for example in found if example.prompt in held_prompts]
@@ -124,19 +129,52 @@ def read(
     return ExampleSet(intake.rows, policy, train or held, intake.taken), ExampleSet(intake.rows, policy, held, intake.taken)
 
 
+def _agreeing(found: list[Example], tally: Tally, say: Callable[[str], None]) -> list[Example]:
+    """Without labels that contradict one before. Says where pairs stand in both orders, and where all labels are the same."""
+    labels: dict[tuple[Prompt, str], bool] = {}
+    kept: list[Example] = []
+    for example in found:
+        liked = example.desirable
+        if liked is not None and labels.setdefault((example.prompt, example.x_0), liked) != liked:
+            what = f"a picture of '{text_of(example.prompt)}' is labelled true in one row, and false in another."
+            tally.note(Fault("rows whose labels contradict", f"The labels contradict: {what}"))
+            continue
+        kept.append(example)
+    if labels and len(set(labels.values())) == 1:
+        say(f"All pictures are {'liked' if labels.popitem()[1] else 'disliked'}: there is nothing to tell them from.")
+    pairs = {(example.prompt, example.x_0, example.rejected) for example in kept}
+    both = sum((prompt, rejected, chosen) in pairs for prompt, chosen, rejected in pairs) // 2
+    if both:
+        say(f"{both:,} pairs stand in both orders: people disagreed, and both count.")
+    return kept
+
+
 def _examples(source: str, kind: Data, intake: Intake | Reel, tally: Tally) -> Iterator[Example]:
     for row in layouts.rows(source, kind, tally):
         media = [intake.take(picture) for picture in row.pictures]
         for i, example in KINDS[kind](row, [found.key if found else None for found in media], tally):
             found = media[i]
+            _check_subject(example.prompt, intake.policy, source)
             if found is not None and found.pixels is not None:
                 intake.score(example.prompt, found.pixels)
             yield example
 
 
+def _check_subject(prompt: Prompt, policy: Policy, source: str) -> None:
+    """Raise InputError where the data comes without the pictures that the policy works on, or with some for one that takes none."""
+    try:
+        check_pictures([prompt], policy)
+    except InputError as error:
+        raise InputError(
+            f"{source}: {error} In pairs.jsonl and ranks.jsonl these keys stand beside those of the pictures compared."
+        ) from error
+
+
 def _pairs(row: Row, keys: Sequence[str | None], tally: Tally) -> Iterator[tuple[int, Example]]:
     """Every two pictures of which one is better, as (the better one's index, example)."""
-    merits = row.merits or ()
+    merits, asked = row.merits or (), _asked(row, tally)
+    if asked is None:
+        return
     order = [(i, j) for i, j in itertools.permutations(range(len(merits)), 2) if merits[i] > merits[j]]
     if not order:
         tally.note(Fault("ties"))
@@ -147,12 +185,14 @@ def _pairs(row: Row, keys: Sequence[str | None], tally: Tally) -> Iterator[tuple
         if better == worse:
             tally.note(Fault("pairs of one picture", f"{row.where}: the better and the worse picture are the same one."))
             continue
-        yield i, Example(row.prompt, better, worse, score=row.scores[i] if row.scores else None)
+        yield i, Example(asked, better, worse, score=row.scores[i] if row.scores else None)
 
 
 def _labels(row: Row, keys: Sequence[str | None], tally: Tally) -> Iterator[tuple[int, Example]]:
     """Pictures that are liked or not. Of several of one prompt the best are liked, the worst are not, and the others say nothing."""
-    merits = row.merits or ()
+    merits, asked = row.merits or (), _asked(row, tally)
+    if asked is None:
+        return
     best, worst = (max(merits), min(merits)) if len(merits) > 1 else (1.0, 0.0)
     if best == worst:
         tally.note(Fault("ties"))
@@ -160,7 +200,7 @@ def _labels(row: Row, keys: Sequence[str | None], tally: Tally) -> Iterator[tupl
     for i, key in enumerate(keys):
         liked = merits[i] >= best
         if key is not None and (liked or merits[i] <= worst):
-            yield i, Example(row.prompt, key, desirable=liked, score=row.scores[i] if row.scores else None)
+            yield i, Example(asked, key, desirable=liked, score=row.scores[i] if row.scores else None)
 
 
 def _pictures(row: Row, keys: Sequence[str | None], tally: Tally) -> Iterator[tuple[int, Example]]:
@@ -170,18 +210,34 @@ def _pictures(row: Row, keys: Sequence[str | None], tally: Tally) -> Iterator[tu
 
 
 def _edits(row: Row, keys: Sequence[str | None], tally: Tally) -> Iterator[tuple[int, Example]]:
-    """The sources are read again with each batch: here it is seen that they can be."""
-    assert row.source is not None
+    asked = _asked(row, tally)
+    for i, key in enumerate(keys):
+        if key is not None and asked is not None:
+            yield i, Example(asked, key, score=row.scores[i] if row.scores else None)
+
+
+def _asked(row: Row, tally: Tally) -> Prompt | None:
+    """The prompt of a row, with what it is about; None where that cannot be used, and the tally lets that pass.
+
+    These pictures are read again with each batch: here it is seen that they can be.
+    """
+    if row.source is None:
+        return row.prompt
     try:
-        decoded(contents(row.source), row.source.name)
+        for picture in (row.source, row.mask):
+            if picture is not None:
+                decoded(contents(picture), picture.name)
+        source, mask = (None if picture is None else picture.data or picture.path for picture in (row.source, row.mask))
+        assert source is not None
+        prompt = PicturePrompt(row.prompt, source, mask)
+        try:
+            prompt.open_both()
+        except InputError as error:
+            raise Fault("masks of another size", f"{row.where}: {error}") from error
     except Fault as fault:
         tally.note(fault)
-        return
-    picture = row.source.data if row.source.path is None else row.source.path
-    assert picture is not None
-    for i, key in enumerate(keys):
-        if key is not None:
-            yield i, Example(PicturePrompt(row.prompt, picture), key, score=row.scores[i] if row.scores else None)
+        return None
+    return prompt
 
 
 KINDS: dict[Data, Callable[[Row, Sequence[str | None], Tally], Iterator[tuple[int, Example]]]] = {

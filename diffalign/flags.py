@@ -17,7 +17,8 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from diffalign.errors import InputError, nearest
 
 GROUPS = ("method", "reward", "lora")  # of settings, each with names of its own
-LISTS = ("--eval_rewards", "--log", "--lora.target_modules", "--betas")
+MEANT_EMPTY = ("negative_prompt",)  # another thing than none
+LISTS = ("--eval_rewards", "--log", "--lora.target_modules", "--betas", "--original_size", "--crops_coords_top_left", "--target_size")
 SWITCHES = ("--full", "--trajectories", "--method.checkpointing", "--method.reference_free")
 
 
@@ -154,5 +155,5 @@ def refuse_empty(values: Mapping[str, Any], thing: Any, prefix: str = "") -> Non
     for name, (kind, default, _) in parameters(thing).items():
         value = values.get(name, default)
         optional = default is None or kind is Any or type(None) in typing.get_args(kind)
-        if (value is None and not optional) or (value == "" and default != ""):
+        if (value is None and not optional) or (value == "" and default != "" and name not in MEANT_EMPTY):
             raise InputError(f"{prefix}{name} is empty: give a value, or leave it out.")

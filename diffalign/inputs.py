@@ -9,7 +9,7 @@ from diffalign import examples, registry
 from diffalign.config import Plan
 from diffalign.console import say
 from diffalign.contract import CheckedReward, as_reward, check_gradient, short_name
-from diffalign.data import Prompt, batch_of, hold_out, read_prompts
+from diffalign.data import Prompt, batch_of, hold_out, read_prompts, takes
 from diffalign.errors import InputError
 from diffalign.examples import ExampleSet
 from diffalign.settings import Settings
@@ -22,6 +22,12 @@ def open_data(plan: Plan, policy: Any, accelerator: Any = None) -> Data:
     settings, kind = plan.settings, plan.method.needs.data
     if settings.data is None or kind is None:
         return None
+
+    if kind == "edits" and takes(policy) != ("image",):
+        raise InputError(
+            f"{plan.method_name} trains pipelines that edit pictures, and {settings.pipeline} is none: --pipeline shapes-edit, or an "
+            "InstructPix2Pix model."
+        )
 
     def read() -> Data:
         assert settings.data is not None

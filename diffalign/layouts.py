@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffalign import records
 from diffalign.errors import InputError
@@ -29,7 +29,8 @@ class Picture:
 class Row:
     """What a prompt got. `merits` order its pictures, higher is better, equal is a tie; of a single one, above 0 is liked.
 
-    None: nothing is said of them. `scores` are a reward's or a person's, where the data has some. `source` is what was edited.
+    None: nothing is said of them. `scores` are a reward's or a person's, where the data has some. `source` is what was edited, or filled
+    where `mask` is white.
     """
 
     where: str
@@ -38,8 +39,10 @@ class Row:
     merits: tuple[float, ...] | None = None
     scores: tuple[float, ...] | None = None
     source: Picture | None = None
+    mask: Picture | None = None
 
 
+SINGLE = "prompts with a single picture"
 Parse = Callable[[Iterable[Record], Tally], Iterator[Row]]
 
 
@@ -113,7 +116,7 @@ def _pair(record: Record) -> Row:
     scores = _scores(record, "chosen_score", "rejected_score")
     if scores is not None and scores[0] < scores[1]:
         raise _contradiction(record, f"chosen_score {scores[0]:g} is below rejected_score {scores[1]:g}")
-    return Row(record.where, _prompt(record), pictures, (1.0, 0.0), scores)
+    return Row(record.where, _prompt(record), pictures, scores or (1.0, 0.0), scores, *_about(record))
 
 
 def _ranked(record: Record) -> Row:
@@ -121,11 +124,19 @@ def _ranked(record: Record) -> Row:
     names = _list(record, "images")
     pictures = tuple(_picture(record, "images", value) for value in names)
     if record.values.get("scores") is None:
-        return Row(record.where, _prompt(record), pictures, tuple(-float(i) for i in range(len(pictures))))
+        return Row(record.where, _prompt(record), pictures, tuple(-float(i) for i in range(len(pictures))), None, *_about(record))
     scores = _numbers(record, "scores", len(pictures))
     if any(after > before for before, after in itertools.pairwise(scores)):
         raise _contradiction(record, "images stand best first, and scores do not fall")
-    return Row(record.where, _prompt(record), pictures, scores, scores)
+    return Row(record.where, _prompt(record), pictures, scores, scores, *_about(record))
+
+
+def _about(record: Record) -> list[Picture | None]:
+    """The picture and the mask that the prompt of a row is about, under the keys that prompt files have: each may be missing."""
+    picture, mask = (None if record.values.get(key) is None else _picture(record, key) for key in ("image", "mask"))
+    if picture is None and mask is not None:
+        raise InputError(f"{record.where}: there is a mask, and no image that it is of.")
+    return [picture, mask]
 
 
 def _pick_a_pic(record: Record) -> Row:
@@ -164,37 +175,54 @@ def _image_reward(stream: Iterable[Record], tally: Tally) -> Iterator[Row]:
 
     Rows that name files may stand in any order. Rows that hold pictures must stand together, or all of them would be in memory.
     """
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, list[Rated]] = {}
     done: set[str] = set()
     for record in stream:
         try:
-            identity, row = str(record.values[_present(record, "prompt_id")]), _rated(record)
+            identity, rated = str(record.values[_present(record, "prompt_id")]), _rated(record)
         except Fault as fault:
             tally.note(fault)
             continue
-        if row.pictures[0].data is not None and identity not in groups:
+        if rated.row.pictures[0].data is not None and identity not in groups:
             done.update(groups)
             yield from _together(groups, tally)
             groups = {}
             if identity in done:
                 raise InputError(f"{record.where}: prompt_id {identity} came before. The rows of a prompt must stand together: sort them.")
-        groups.setdefault(identity, []).append(row)
+        groups.setdefault(identity, []).append(rated)
     yield from _together(groups, tally)
 
 
-def _rated(record: Record) -> Row:
+class Rated(NamedTuple):
+    """A row of one picture, with what it says of its merit: a rank (1 is the best), a rating, or both."""
+
+    row: Row
+    rank: float | None
+    rating: float | None
+
+
+def _rated(record: Record) -> Rated:
     key = _present(record, "image_path", "image")
-    merit = -_number(record, "rank") if record.values.get("rank") is not None else _number(record, "overall_rating")
-    return Row(record.where, _prompt(record), (_picture(record, key),), (merit,))
+    given = {name: _number(record, name) for name in ("rank", "overall_rating") if record.values.get(name) is not None}
+    if not given:
+        raise Fault("rows without a label")
+    return Rated(Row(record.where, _prompt(record), (_picture(record, key),)), given.get("rank"), given.get("overall_rating"))
 
 
-def _together(groups: Mapping[str, Sequence[Row]], tally: Tally) -> Iterator[Row]:
+def _together(groups: Mapping[str, Sequence[Rated]], tally: Tally) -> Iterator[Row]:
     for group in groups.values():
         if len(group) == 1:
-            tally.note(Fault("prompts with a single picture"))
+            tally.note(Fault(SINGLE))
             continue
-        merits = tuple(row.merits[0] for row in group if row.merits)
-        yield Row(group[0].where, group[0].prompt, tuple(row.pictures[0] for row in group), merits)
+        first = group[0].row
+        merits = [-each.rank for each in group if each.rank is not None]
+        if len(merits) < len(group):
+            merits = [each.rating for each in group if each.rating is not None]
+        if len(merits) < len(group):
+            what = "the pictures of a prompt need a rank each, or an overall_rating each, and some have one, some the other"
+            tally.note(Fault("rows whose labels contradict", f"{first.where}: {what}."))
+            continue
+        yield Row(first.where, first.prompt, tuple(each.row.pictures[0] for each in group), tuple(merits))
 
 
 def _labelled(record: Record) -> Row:
@@ -261,8 +289,10 @@ def _scores(record: Record, *keys: str) -> tuple[float, ...] | None:
 
 def _list(record: Record, key: str) -> list[Any]:
     value = record.values[_present(record, key)]
-    if not isinstance(value, list) or len(value) < 2:
+    if not isinstance(value, list):
         raise InputError(f"{record.where}: {key} is no list of two or more pictures.")
+    if len(value) < 2:
+        raise Fault(SINGLE)
     return value
 
 

@@ -15,7 +15,15 @@ from diffalign import registry
 from diffalign.errors import InputError, nearest
 from diffalign.settings import Settings
 
-OPTIONS = ("image_guidance_scale", "true_cfg_scale", "max_sequence_length")
+OPTIONS = (
+    "image_guidance_scale",
+    "true_cfg_scale",
+    "max_sequence_length",
+    "original_size",
+    "crops_coords_top_left",
+    "target_size",
+    "vae_precision",
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,9 +43,10 @@ def adapter_of(class_name: str) -> Any:
     """The policy class for a diffusers pipeline class; raises InputError for one that has no adapter."""
     rows = registry.table("pipelines")
     if class_name not in rows:
+        why = registry.UNSUITED.get(class_name, nearest(class_name, rows))
         raise InputError(
-            f"{class_name} has no adapter. {nearest(class_name, rows)} Supported: {', '.join(sorted(rows))}. "
-            "An adapter is one file: see docs/design.md."
+            f"{class_name} has no adapter. {why} Supported: {', '.join(sorted(rows))}. "
+            "An adapter is one file: see 'A pipeline' in docs/design.md."
         )
     return registry.find("pipelines", class_name)[0]
 
@@ -118,6 +127,8 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
     device = device_of(settings)
     if settings.precision == "fp16" and device.type == "cpu":
         raise InputError("fp16 needs a GPU: on a CPU use --precision fp32 (or bf16).")
+    if settings.vae_precision == "fp16" and device.type == "cpu":
+        raise InputError("vae_precision fp16 needs a GPU: on a CPU use --vae-precision fp32 (or bf16).")
     pipe = load_pipeline(settings.pipeline, settings.revision) if pipe is None else pipe
     adapter = adapter_of(type(pipe).__name__)
     policy = adapter.of(

@@ -5,6 +5,7 @@ Levels are float64 on the CPU, computed once; coefficients are cast to the state
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -153,20 +154,26 @@ class RectifiedFlow:
 def path_of(scheduler: Any, mu: float | None = None) -> NoisePath:
     """The noise path of a diffusers scheduler: rectified flow for flow matching, its DDIM twin for every diffusion scheduler.
 
-    The twin takes over betas, spacing, offset and prediction type. Latents are clipped only if the scheduler's own configuration
-    says so: `DDIMScheduler` would otherwise clip by default.
+    The twin takes over betas, spacing, offset and prediction type, and where the last step lands: so it equals Euler steps, and
+    DPM-Solver's of order 1, on timesteps that DDIM has too. Of the configuration only what the scheduler itself reads is taken: files
+    carry what other schedulers left in them. Latents are clipped only if that says so: `DDIMScheduler` would clip by default.
     """
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-    config: dict[str, Any] = dict(scheduler.config)
-    config.pop("_use_default_values", None)  # values its class set by default: from_config would put DDIM's in their place
+    known = inspect.signature(type(scheduler).__init__).parameters
+    config: dict[str, Any] = {name: value for name, value in scheduler.config.items() if name in known}
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         if config["use_dynamic_shifting"] and mu is None:
             raise InputError("This scheduler shifts by the resolution (use_dynamic_shifting): path_of(scheduler, mu=...) needs mu.")
         return RectifiedFlow(FlowMatchEulerDiscreteScheduler.from_config(config), mu)  # pyright: ignore[reportUnknownMemberType]
     if "num_train_timesteps" not in config or not ("beta_schedule" in config or "trained_betas" in config):
         raise InputError(f"No noise path is known for {type(scheduler).__name__}. Give the pipeline a DDIMScheduler.")
+    if config.get("timestep_type") == "continuous":
+        raise InputError(
+            "Networks that are told continuous noise levels (EDM) are not supported: the scheduler has timestep_type continuous."
+        )
     if not isinstance(scheduler, DDIMScheduler):
         config.setdefault("clip_sample", False)
+        config.setdefault("set_alpha_to_one", config.get("final_sigmas_type", "zero") == "zero")
     return VariancePreserving(DDIMScheduler.from_config(config))  # pyright: ignore[reportUnknownMemberType]

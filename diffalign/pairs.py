@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from diffalign import registry
 from diffalign.cache import digest
 from diffalign.config import model_preset, name_of, parameters, parse
-from diffalign.console import console, say
+from diffalign.console import console, say, say_notes
 from diffalign.contract import CheckedReward, as_reward
 from diffalign.data import Prompt, check_prompts, read_prompts
 from diffalign.errors import InputError
@@ -61,8 +61,8 @@ class Making:
     """Classifier-free guidance of models that are told guidance_scale (FLUX); 1 for none."""
     max_sequence_length: int | None = None
     """Tokens of the T5 text encoder of Stable Diffusion 3 and FLUX; by default the pipeline's own."""
-    negative_prompt: str = ""
-    """Prompt of the unconditional branch."""
+    negative_prompt: str | None = None
+    """Prompt of the unconditional branch; by default the pipeline's own: the empty one, or none at all for SDXL."""
     height: int | None = None
     """Height of the pictures in pixels; by default the model's own."""
     width: int | None = None
@@ -187,6 +187,7 @@ def make(
     done = ledger(folder, settings)
     if _missing(making, done, prompts):
         policy = _policy(making, live)
+        say_notes(policy)
         if reward.modality != "image" or policy.modality != "image":
             raise InputError(f"{reward.name} judges {reward.modality}, and this pipeline makes {policy.modality}: pairs are of pictures.")
         with claim(folder, settings):
@@ -248,9 +249,8 @@ def rank(policy: Policy, reward: CheckedReward, prompts: Sequence[str], making: 
 def _sample(policy: Policy, reward: CheckedReward, texts: Prompts, making: Making, numbers: range) -> list[Drawn]:
     """Samples, their pictures in [0, 1], on the CPU, rounded to 8 bits as their files are."""
     condition = policy.encode(texts)
-    seeds = [int(digest(f"{making.seed} {n}")[:15], 16) for n in numbers]
-    noise = torch.cat([policy.prior(condition[i : i + 1], torch.Generator().manual_seed(seed)) for i, seed in enumerate(seeds)])
-    eta, rng = float(making.trajectories), torch.Generator().manual_seed(seeds[0])
+    noise = torch.cat([policy.prior(condition[i : i + 1], _generator(making, str(n))) for i, n in enumerate(numbers)])
+    eta, rng = float(making.trajectories), _generator(making, f"steps {numbers[0]}")  # its own: no noise may be used twice
     kernel = noisy(policy.path, eta)
     taken = rollout(policy, condition, steps=making.sample_steps, kernel=kernel, random_steps=making.random_steps, start=noise, rng=rng)
     pictures = (policy.decode(taken.final).clamp(0, 1) * 255).round() / 255
@@ -259,6 +259,10 @@ def _sample(policy: Policy, reward: CheckedReward, texts: Prompts, making: Makin
         how = Taken(taken.schedule, taken.actions, eta, condition.guidance_scale)
         stored = [Stored(states, how) for states in taken.states.float().cpu().unbind(1)]
     return [Drawn(*each) for each in zip(pictures.cpu(), reward(pictures, texts).tolist(), stored, strict=True)]
+
+
+def _generator(making: Making, what: str) -> torch.Generator:
+    return torch.Generator().manual_seed(int(digest(f"{making.seed} {what}")[:15], 16))
 
 
 def _watch(rows: Generator[Ranked], making: Making, wanted: int, patience: int) -> Iterator[Ranked]:

@@ -29,6 +29,7 @@ def preflight(plan: Plan, policy: Any, prompts: list[Prompt], examples: Source |
     """Yield the findings, cheap ones first. The policy's weights are the same afterwards. `examples` are of a method that takes data."""
     size = plan.settings.batch_size
     batch = batch_of((prompts * size)[:size], policy)
+    yield from (Finding("pipeline", None, note) for note in vars(policy).get("notes", ()))
     yield _batch_plan(plan, len(prompts))
     yield _deterministic_steps(_steps(plan), policy)
     yield _ratio(policy, batch)
@@ -37,7 +38,10 @@ def preflight(plan: Plan, policy: Any, prompts: list[Prompt], examples: Source |
     given: Any = None if examples is None else examples.take([i % len(examples) for i in range(size)])
     trained_on = batch if given is None or plan.method.needs.data_role == "besides" else given
     context = Context(Generator().manual_seed(0), more=lambda: trained_on, examples=None if given is None else lambda: given)
-    loss = next(iter(plan.method.losses(policy, plan.reward, trained_on, context)))
+    loss = next(iter(plan.method.losses(policy, plan.reward, trained_on, context)), None)
+    if loss is None:
+        yield Finding("gradient", False, "no two samples of a prompt differ in reward: there is nothing to learn in this round")
+        return
     yield _gradient_arrives(policy, loss)
     if plan.method.needs.differentiable_reward:
         yield _finite_differences(plan, policy, batch)

@@ -95,12 +95,24 @@ REWARDS = {
     "jpeg-incompressibility": Entry("diffalign.rewards.jpeg:JPEGCompressibility", "The kB of a JPEG at quality 95.", "score", {"sign": 1}),
 }
 PIPELINES = {
+    "StableDiffusionPipeline": Entry("diffalign.pipelines.stable_diffusion:StableDiffusion", "Stable Diffusion 1.x and 2.x.", "image"),
+    "StableDiffusionXLPipeline": Entry("diffalign.pipelines.sdxl:StableDiffusionXL", "Stable Diffusion XL, the base model.", "image"),
     "StableDiffusionInstructPix2PixPipeline": Entry(
         "diffalign.pipelines.instruct_pix2pix:InstructPix2Pix", "InstructPix2Pix: edits a picture as told.", "image"
     ),
-    "StableDiffusionPipeline": Entry("diffalign.pipelines.stable_diffusion:StableDiffusion", "Stable Diffusion 1.x and 2.x.", "image"),
+    "StableDiffusionXLInstructPix2PixPipeline": Entry(
+        "diffalign.pipelines.instruct_pix2pix:InstructPix2PixXL", "InstructPix2Pix on SDXL.", "image"
+    ),
+    "StableDiffusionInpaintPipeline": Entry(
+        "diffalign.pipelines.inpaint:Inpaint", "Inpainting: fills what a mask leaves out (UNets with 9 channels).", "image"
+    ),
+    "StableDiffusionXLInpaintPipeline": Entry("diffalign.pipelines.inpaint:InpaintXL", "Inpainting on SDXL.", "image"),
     "StableDiffusion3Pipeline": Entry("diffalign.pipelines.sd3:StableDiffusion3", "Stable Diffusion 3 and 3.5.", "image"),
     "FluxPipeline": Entry("diffalign.pipelines.flux:Flux", "FLUX.1, text to image.", "image"),
+}
+UNSUITED = {
+    "StableDiffusionXLImg2ImgPipeline": "SDXL's refiner works on pictures of the base model: align that one (StableDiffusionXLPipeline), "
+    "and refine its pictures as before.",
 }
 MODELS = {name: Path(__file__).parent / "assets" / name for name in ("shapes", "shapes-edit")}
 TABLES: dict[Kind, dict[str, Entry]] = {"methods": METHODS, "rewards": REWARDS, "pipelines": PIPELINES}

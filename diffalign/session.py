@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from diffalign import examples
 from diffalign.checkpoint import whole
 from diffalign.config import Plan, check_needs, resolve
-from diffalign.console import comparison, console, say, watch
+from diffalign.console import comparison, console, say, say_notes, watch
 from diffalign.contract import CheckedReward, short_name
 from diffalign.data import Prompt, PromptList, check_pictures, text_of
 from diffalign.errors import InputError
@@ -121,6 +121,7 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
             run.rewind_metrics(training.context.step)
         say(f"Resuming {run.path} at step {training.context.step}.")
     if main:
+        say_notes(policy)
         say(_in_words(plan, prompts, training, run))
     if main and plan.method.needs.data_role == "besides" and data is None:
         say(f"No --data: {plan.method_name} takes samples of the base model in the place of {plan.method.needs.data}.")
@@ -197,15 +198,27 @@ def _steps(plan: Plan, run: Run, policy: Any, training: Training, shown: list[Pr
 
 
 def evaluate_into(
-    plan: Plan, policy: Any, rewards: list[CheckedReward], prompts: list[Prompt], seed: int, output: Path, picture: Path, data: Data = None
+    plan: Plan,
+    policy: Any,
+    rewards: list[CheckedReward],
+    prompts: list[Prompt],
+    seed: int,
+    output: Path,
+    picture: Path,
+    data: Data = None,
+    pairs: Any = None,
 ) -> dict[str, Any]:
-    """Compare the policy with its base model, and write what `evaluate` found to `output` and the pictures to `picture`."""
+    """Compare the policy with its base model, and write what `evaluate` found to `output` and the pictures to `picture`.
+
+    `pairs` is what was measured on the data before, and stays.
+    """
     chosen = {"steps": plan.sample_steps, "seed": seed, "batch_size": plan.settings.batch_size}
     results, before, after = evaluate(policy, rewards, prompts, suffix=plan.suffix, **chosen)
     if data is not None and plan.method.needs.data == "pairs":
         held = data[1]
         accuracy = implicit_accuracy(policy, held, seed=seed, batch_size=plan.settings.batch_size)
-        results["pairs"] = {"count": len(held), "implicit_accuracy": accuracy}
+        pairs = {"count": len(held), "implicit_accuracy": accuracy}
+    results |= {"pairs": pairs} if pairs else {}
     with whole(output) as draft:
         draft.write_text(json.dumps(results, indent=2) + "\n")
     side_by_side = sheet([("before", before[:PICTURES]), ("after", after[:PICTURES])], prompts[:PICTURES])
@@ -229,8 +242,10 @@ def _in_words(plan: Plan, prompts: list[Prompt], training: Training, run: Run) -
     s, count = plan.settings, training.context.processes.count
     size = sum(p.numel() for p in training.parameters.values())
     what = "all weights" if s.full else f"a LoRA of rank {s.lora.rank}"
+    source = training.stream.source
+    seen = f"{plan.reward_name}: {len(prompts)} prompts" if isinstance(source, PromptList) else f"{s.data}: {len(source):,} examples"
     return (
-        f"{plan.method_name} on {s.pipeline} with {plan.reward_name or s.data}: {len(prompts)} prompts, {what} ({size:,} weights), "
+        f"{plan.method_name} on {s.pipeline} with {seen}, {what} ({size:,} weights), "
         f"{s.steps} steps, {plan.batch_in_words(count)}, guidance {s.guidance_scale:g}, {s.precision}, seed {s.seed}. Into {run.path}"
     )
 

@@ -41,14 +41,22 @@ class Settings:
     """Classifier-free guidance of models that are told guidance_scale (FLUX), with negative_prompt; 1 for none."""
     max_sequence_length: int | None = None
     """Tokens of the T5 text encoder of Stable Diffusion 3 and FLUX; by default the pipeline's own."""
-    negative_prompt: str = ""
-    """Prompt of the unconditional branch."""
+    negative_prompt: str | None = None
+    """Prompt of the unconditional branch; by default the pipeline's own: the empty one, or none at all for SDXL."""
     height: int | None = None
     """Height of the pictures in pixels; by default the model's own."""
     width: int | None = None
     """Width of the pictures in pixels; by default the model's own."""
+    original_size: tuple[int, int] | None = None
+    """What SDXL is told: height and width of the picture before it was scaled; by default the picture's."""
+    crops_coords_top_left: tuple[int, int] | None = None
+    """What SDXL is told: how much was cut off at the top and at the left; by default nothing."""
+    target_size: tuple[int, int] | None = None
+    """What SDXL is told: height and width of the picture; by default the picture's."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the network; weights that train, log-probabilities and the VAE stay fp32."""
+    """Of the network; weights that train and log-probabilities stay fp32."""
+    vae_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the VAE. Where its configuration says that it overflows in fp16 (force_upcast), fp16 is fp32, as in diffusers."""
     device: str | None = None
     """By default cuda, mps or cpu, the first there is."""
     full: bool = False
@@ -105,6 +113,10 @@ class Settings:
         for name in ("image_guidance_scale", "true_cfg_scale"):
             if not 1 <= vars(self)[name] < float("inf"):
                 raise InputError(f"{name} is {vars(self)[name]}: give 1 (none) or more.")
+        for name, least in {"original_size": 1, "crops_coords_top_left": 0, "target_size": 1}.items():
+            pair = vars(self)[name]
+            if pair is not None and (len(pair) != 2 or not all(n >= least for n in pair)):
+                raise InputError(f"{name} is {list(pair)}: give two numbers of pixels, each {least} or more.")
         if not 0 <= self.seed < 2**31:
             raise InputError(f"seed is {self.seed}: give a whole number from 0 to 2147483647.")
         if not all(0 <= beta < 1 for beta in self.betas):

@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 Modality = Literal["image", "audio"]
+PictureField = Literal["image", "mask"]  # of Prompts
 Index = slice | Sequence[int] | Tensor
 
 
@@ -268,11 +269,19 @@ class Policy(Protocol):
 
 
 @runtime_checkable
-class EditingPolicy(Policy, Protocol):
-    """A policy whose prompts come with a picture each, which it edits; it takes and makes pictures of `height` x `width` pixels."""
+class PicturePolicy(Policy, Protocol):
+    """A policy of pictures of `height` x `width` pixels, whose prompts come with those that it `takes`: none, a picture, a mask too."""
 
     height: int
     width: int
+
+    @property
+    def takes(self) -> tuple[PictureField, ...]: ...
+
+
+@runtime_checkable
+class EditingPolicy(PicturePolicy, Protocol):
+    """A policy that edits pictures, and is trained without them too."""
 
     def blind(self, condition: Condition, rows: Tensor) -> Condition: ...  # no picture in `rows`, bool (B,)
 

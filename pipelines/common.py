@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +64,41 @@ class TextCache:
         return whole if len(whole) == len(self.names) else None
 
 
+@dataclass(frozen=True)
+class TextEncoding:
+    """How texts become tensors: `encode(pipe, texts, device)` gives one tensor (n, ...) for each of `names`.
+
+    `encoders` are the pipeline's text encoders with their tokenizers. `sized`: the network is told sizes besides, as SDXL is.
+    """
+
+    encode: Callable[[Any, list[str], str | torch.device], Sequence[Tensor]]
+    names: tuple[str, ...] = ("encoder_hidden_states",)
+    encoders: Mapping[str, str] = field(default_factory=lambda: {"text_encoder": "tokenizer"})
+    sized: bool = False
+    cached: int = 4096  # texts; of Stable Diffusion 1.5 each takes 0.24 MB
+
+
+def clip(pipe: Any, texts: list[str], device: str | torch.device) -> Sequence[Tensor]:
+    """Embeddings (n, tokens, width) of one CLIP text encoder."""
+    return (pipe.encode_prompt(texts, device, 1, False)[0],)
+
+
+def two_clips(pipe: Any, texts: list[str], device: str | torch.device) -> Sequence[Tensor]:
+    """SDXL's embeddings: (n, tokens, width of both) and the second encoder's pooled one, (n, width)."""
+    found = pipe.encode_prompt(texts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+    return found[0], found[2]
+
+
+ONE_ENCODER = TextEncoding(clip)
+TWO_ENCODERS = TextEncoding(
+    two_clips,
+    ("encoder_hidden_states", "text_embeds"),
+    {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"},
+    sized=True,
+    cached=1024,  # 0.64 MB each
+)
+
+
 @contextmanager
 def adapter_off(module: Any) -> Iterator[None]:
     """The base network, bit for bit, while the block runs."""
@@ -90,33 +125,63 @@ def frozen_copy(module: Any) -> Any:
     return copy.deepcopy(module).requires_grad_(False)
 
 
-def call_unet(unet: Any, dtype: torch.dtype, x: Tensor, t: Tensor, hidden: Tensor) -> Tensor:
-    """The UNet's output (B, *latent) in the dtype of x, computed in `dtype`."""
+def call_unet(unet: Any, dtype: torch.dtype, x: Tensor, t: Tensor, hidden: Tensor, added: Mapping[str, Tensor] | None = None) -> Tensor:
+    """The UNet's output (B, *latent) in the dtype of x, computed in `dtype`; `added` are SDXL's pooled embeddings and sizes."""
     # Each weight is used once a call, and older torch handed a step with a graph the casts made without one: no cache.
     half = dtype != torch.float32
     with torch.autocast(x.device.type, dtype if half else None, enabled=half, cache_enabled=False):
-        return unet(x, t, encoder_hidden_states=hidden, return_dict=False)[0].to(x.dtype)
+        return unet(x, t, encoder_hidden_states=hidden, added_cond_kwargs=added, return_dict=False)[0].to(x.dtype)
+
+
+def vae_dtype(vae: Any, precision: str) -> torch.dtype:
+    """What the VAE computes in: fp32 in the place of fp16 where its configuration says that it overflows there, as in diffusers."""
+    if precision == "fp16" and vae.config.get("force_upcast"):
+        return torch.float32
+    return PRECISIONS[precision]
 
 
 def decode_images(vae: Any, x_0: Tensor) -> Tensor:
-    """Latents to images (B, 3, H, W) in [0, 1], in fp32, with a graph where one is wanted."""
-    images = vae.decode(x_0 / vae.config.scaling_factor, return_dict=False)[0]
+    """Latents to images (B, 3, H, W) in [0, 1], fp32, computed in the VAE's dtype, with a graph where one is wanted."""
+    latents, normal = x_0 / vae.config.scaling_factor, _statistics(vae, x_0)
+    if normal is not None:
+        latents = latents * normal[1] + normal[0]
+    images = vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()
     return (images / 2 + 0.5).clamp(0, 1)
 
 
 def embed_images(vae: Any, images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] to x_0, the mode of the VAE's posterior."""
-    return vae.encode(images * 2 - 1).latent_dist.mode() * vae.config.scaling_factor
+    """Images (B, 3, H, W) in [0, 1] to x_0, fp32: the mode of the VAE's posterior, scaled."""
+    latents = posterior_mode(vae, images)
+    normal = _statistics(vae, latents)
+    if normal is not None:
+        latents = (latents - normal[0]) / normal[1]
+    return latents * vae.config.scaling_factor
 
 
-def shelve(pipe: Any, texts: TextCache, height: int, width: int, root: Path) -> Shelf:
+def posterior_mode(vae: Any, images: Tensor) -> Tensor:
+    """The VAE's own latents of images (B, 3, H, W) in [0, 1], fp32, not scaled."""
+    found = vae.encode((images * 2 - 1).to(vae.dtype), return_dict=False)[0]
+    return (found if isinstance(found, Tensor) else found.mode()).float()  # an AutoencoderTiny has no posterior
+
+
+def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation (C, 1, 1) that some VAEs' latents are normalised with; None for the others."""
+    mean, std = (vae.config.get(name) for name in ("latents_mean", "latents_std"))
+    return None if mean is None or std is None else (torch.tensor(mean).to(like)[:, None, None], torch.tensor(std).to(like)[:, None, None])
+
+
+def shelve(pipe: Any, texts: TextCache, encoders: Mapping[str, str], height: int, width: int, root: Path) -> Shelf:
     """Keep text embeddings under `root` from now on; the shelf there of the VAE's latents of pictures of this size.
 
-    Both are named after what they are computed with, so a shelf of another model, or of another precision, is another one.
+    Both are named after what they are computed with, so a shelf of another model, or of another precision, is another one. `encoders`
+    names the pipeline's text encoders, each with its tokenizer.
     """
-    tokens = sorted(pipe.tokenizer.get_vocab().items())
-    texts.shelf = Shelf(root / "texts" / fingerprint(pipe.text_encoder, tokens, pipe.tokenizer.model_max_length))
-    return Shelf(root / "latents" / f"{fingerprint(pipe.vae, pipe.vae.config.scaling_factor)}-{height}x{width}")
+    found = ((getattr(pipe, encoder), getattr(pipe, tokenizer)) for encoder, tokenizer in encoders.items())
+    marks = [fingerprint(encoder, sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length) for encoder, tokenizer in found]
+    texts.shelf = Shelf(root / "texts" / "-".join(marks))
+    statistics = [pipe.vae.config.get(name) for name in ("scaling_factor", "latents_mean", "latents_std")]
+    mark = fingerprint(pipe.vae, *(value for value in statistics if value is not None))
+    return Shelf(root / "latents" / f"{mark}-{height}x{width}")
 
 
 @contextmanager
@@ -150,3 +215,18 @@ def own_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int
 def check_size(height: int, width: int, multiple: int) -> None:
     if height < multiple or width < multiple or height % multiple or width % multiple:
         raise InputError(f"A picture of {height} x {width} does not fit this model: give multiples of {multiple}.")
+
+
+def notes_of(pipe: Any, vae_precision: str) -> tuple[str, ...]:
+    """What is otherwise here than in the pipeline's own call: lines for the person."""
+    notes = list[str]()
+    scheduler = type(pipe.scheduler).__name__
+    if scheduler != "DDIMScheduler":
+        notes.append(f"Sampled with DDIM in the place of the pipeline's {scheduler}, on its betas, spacing and prediction type.")
+    if pipe.components.get("safety_checker") is not None:
+        notes.append("The pipeline's safety checker stays in the pipeline; the training, and its pictures, do not pass through it.")
+    if vars(pipe).get("watermark") is not None:
+        notes.append("The pipeline's watermark stays in the pipeline; the training's pictures carry none.")
+    if vae_dtype(pipe.vae, vae_precision) != PRECISIONS[vae_precision]:
+        notes.append("The VAE overflows in fp16 (force_upcast in its configuration): it computes in fp32.")
+    return tuple(notes)

@@ -125,7 +125,7 @@ CASES = {
     "draft": Case(draft, 1.10, lambda t: {"inference_steps": t, "k": 1, "n": 0, "reference_weight": 0.0}),
     "ddpo": Case(ddpo, 1.10, lambda t: {"inference_steps": t, **DDPO}),
     "diffusion-dpo": Case(diffusion_dpo, 1.10, lambda t: {"reference_free": False}),
-    "alignprop": Case(alignprop, 1.15, lambda t: {"inference_steps": t, "truncation": "fixed", "k": t // 2}),
+    "alignprop": Case(alignprop, 1.15, lambda t: {"inference_steps": t, "truncation": "fixed", "k": t // 2, "checkpointing": True}),
     "refl": Case(refl, 1.15, lambda t: {"inference_steps": t, "first": t - 2, "last": t - 2, "pretrain_weight": 1.0}),
 }
 

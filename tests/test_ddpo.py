@@ -321,3 +321,12 @@ def test_the_defaults_are_the_papers():
     assert (settings["learning_rate"], settings["weight_decay"], settings["max_grad_norm"]) == (3e-4, 1e-4, 1.0)
     assert (settings["guidance_scale"], settings["lora"]) == (5.0, {"rank": 4})
     assert DDPO().batches * DDPO().samples * settings["batch_size"] == 256, "samples of a round"
+
+
+def test_a_constant_reward_takes_no_step_and_ends_in_an_error():
+    constant, context = reward(differentiable=False)(lambda media, prompts: torch.ones(len(media))), a_context(PROMPTS)
+    for _ in range(9):
+        assert list(ddpo().losses(a_toy(), constant, PROMPTS, context)) == []
+    with pytest.raises(InputError, match="In 10 rounds on end no two samples"):
+        list(ddpo().losses(a_toy(), constant, PROMPTS, context))
+    assert list(ddpo(kl_weight=0.1).losses(a_toy(), constant, PROMPTS, a_context(PROMPTS))), "the KL has a gradient of its own"

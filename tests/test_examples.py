@@ -26,11 +26,12 @@ from diffalign.errors import InputError
 from diffalign.examples import ExampleSet
 from diffalign.media import decode_image, fit
 from diffalign.pipelines.stable_diffusion import StableDiffusion
+from diffalign.pipelines.unet import UNetPolicy
 from diffalign.types import Prompts
 
 
 @pytest.fixture(scope="module")
-def policy() -> StableDiffusion:
+def policy() -> UNetPolicy:
     return StableDiffusion.of(tiny.stable_diffusion(), guidance_scale=1.0)
 
 
@@ -169,21 +170,21 @@ LAYOUTS: dict[str, tuple[Callable[[Path], None], str, list[tuple[str, int, int]]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_gives_its_pairs(name: str, tmp_path: Path, policy: StableDiffusion) -> None:
+def test_every_layout_gives_its_pairs(name: str, tmp_path: Path, policy: UNetPolicy) -> None:
     write, file, expected = LAYOUTS[name]
     write(tmp_path)
     examples.check(str(tmp_path / file), "pairs")
     assert sorted(found(tmp_path / file, policy)) == expected
 
 
-def test_ties_and_rows_without_a_label_are_counted(tmp_path: Path, policy: StableDiffusion) -> None:
+def test_ties_and_rows_without_a_label_are_counted(tmp_path: Path, policy: UNetPolicy) -> None:
     said: list[str] = []
     write_pick_a_pic(tmp_path)
     read(tmp_path, policy, say=said.append)
     assert any("ties 1; rows without a label 2" in line for line in said)
 
 
-def test_labels_come_from_labels_or_from_pairs(tmp_path: Path, policy: StableDiffusion) -> None:
+def test_labels_come_from_labels_or_from_pairs(tmp_path: Path, policy: UNetPolicy) -> None:
     pictures(tmp_path, 0, 1, 2, 3)
     values = (True, False, 1, 0, -1, 1.0)
     lines(tmp_path / "labels.jsonl", *({"prompt": str(i), "image": "0.png", "label": value} for i, value in enumerate(values)))
@@ -201,7 +202,7 @@ def test_labels_come_from_labels_or_from_pairs(tmp_path: Path, policy: StableDif
     assert batch.rejected is None
 
 
-def test_pictures_come_with_captions(tmp_path: Path, policy: StableDiffusion) -> None:
+def test_pictures_come_with_captions(tmp_path: Path, policy: UNetPolicy) -> None:
     pictures(tmp_path / "plain" / "deeper", 0, 1)
     for seed, text in ((0, "a dog\n"), (1, "a cat")):
         (tmp_path / "plain" / "deeper" / f"{seed}.txt").write_text(text)
@@ -214,7 +215,7 @@ def test_pictures_come_with_captions(tmp_path: Path, policy: StableDiffusion) ->
         assert found(tmp_path / name, policy, "pictures") == [("a dog", 0, None), ("a cat", 1, None)]
 
 
-def test_a_batch_holds_what_the_model_makes_of_the_pictures(tmp_path: Path, policy: StableDiffusion) -> None:
+def test_a_batch_holds_what_the_model_makes_of_the_pictures(tmp_path: Path, policy: UNetPolicy) -> None:
     """Scaled to cover the model's size and cut around the centre; a picture of that size goes in as it is."""
     write_pairs(tmp_path)
     wide = Image.new("RGB", (64, 32), "red")
@@ -237,7 +238,7 @@ def test_a_batch_holds_what_the_model_makes_of_the_pictures(tmp_path: Path, poli
 # The cache
 
 
-def counted(monkeypatch: pytest.MonkeyPatch, policy: StableDiffusion) -> dict[str, int]:
+def counted(monkeypatch: pytest.MonkeyPatch, policy: UNetPolicy) -> dict[str, int]:
     """How often the VAE and the text encoder are called."""
     calls = {"embed": 0, "encode": 0}
     embed, encode = policy.embed, policy.texts.encode
@@ -254,7 +255,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, policy: StableDiffusion) -> dict[st
     return calls
 
 
-def fresh() -> StableDiffusion:
+def fresh() -> UNetPolicy:
     """The policy of another process: nothing in memory."""
     return StableDiffusion.of(tiny.stable_diffusion(), guidance_scale=1.0)
 
@@ -309,7 +310,7 @@ def test_a_damaged_row_is_made_anew(damage: Callable[[bytes], bytes], tmp_path: 
         train.take([0])
 
 
-def test_another_model_or_size_has_another_shelf(policy: StableDiffusion, tmp_path: Path) -> None:
+def test_another_model_or_size_has_another_shelf(policy: UNetPolicy, tmp_path: Path) -> None:
     import dataclasses
 
     other = StableDiffusion.of(tiny.stable_diffusion(seed=1), guidance_scale=1.0)
@@ -374,7 +375,7 @@ def many(folder: Path, count: int) -> Path:
     return folder
 
 
-def test_prompts_are_held_out_with_all_their_pairs(tmp_path: Path, policy: StableDiffusion) -> None:
+def test_prompts_are_held_out_with_all_their_pairs(tmp_path: Path, policy: UNetPolicy) -> None:
     train, held = read(many(tmp_path, 30), policy)
     assert (len(train), len(held)) == (81, 9)
     assert not set(train.prompts) & set(held.prompts)
@@ -384,14 +385,14 @@ def test_prompts_are_held_out_with_all_their_pairs(tmp_path: Path, policy: Stabl
     assert len(read(tmp_path, policy, limit=40)[0]) + len(read(tmp_path, policy, limit=40)[1]) == 40
 
 
-def test_few_prompts_are_not_held_out(tmp_path: Path, policy: StableDiffusion) -> None:
+def test_few_prompts_are_not_held_out(tmp_path: Path, policy: UNetPolicy) -> None:
     said: list[str] = []
     train, held = read(many(tmp_path, 9), policy, say=said.append)
     assert train.examples == held.examples
     assert any("Fewer than ten prompts" in line for line in said)
 
 
-def test_a_reward_scores_the_preferred_pictures(tmp_path: Path, policy: StableDiffusion) -> None:
+def test_a_reward_scores_the_preferred_pictures(tmp_path: Path, policy: UNetPolicy) -> None:
     write_pairs(tmp_path)
 
     def brightness(images: torch.Tensor, prompts: Prompts) -> torch.Tensor:
@@ -473,7 +474,7 @@ def damaged(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("skip", [False, True])
-def test_what_is_no_data_is_refused_with_its_line(name: str, skip: bool, damaged: Path, policy: StableDiffusion) -> None:
+def test_what_is_no_data_is_refused_with_its_line(name: str, skip: bool, damaged: Path, policy: UNetPolicy) -> None:
     row, message = ROWS[name]
     text = row if isinstance(row, str) else json.dumps(row)
     (damaged / "pairs.jsonl").write_text(f"{json.dumps(GOOD)}\n{text}\n")
@@ -482,7 +483,7 @@ def test_what_is_no_data_is_refused_with_its_line(name: str, skip: bool, damaged
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_faults_are_refused_or_left_out_as_the_flag_says(name: str, damaged: Path, policy: StableDiffusion) -> None:
+def test_faults_are_refused_or_left_out_as_the_flag_says(name: str, damaged: Path, policy: UNetPolicy) -> None:
     row, message = FAULTS[name]
     lines(damaged / "pairs.jsonl", GOOD, row, row)
     with pytest.raises(InputError, match=message) as caught:
@@ -497,7 +498,7 @@ def test_faults_are_refused_or_left_out_as_the_flag_says(name: str, damaged: Pat
 
 
 @pytest.mark.parametrize(("label_0", "label_1"), [(1.0, 1.0), (0.0, 0.0), (0.5, 1.0), (2.0, -1.0)])
-def test_labels_that_contradict(label_0: float, label_1: float, tmp_path: Path, policy: StableDiffusion) -> None:
+def test_labels_that_contradict(label_0: float, label_1: float, tmp_path: Path, policy: UNetPolicy) -> None:
     parquet(tmp_path / "p.parquet", [pick_a_pic("a", 0, 1, 1.0, 0.0), pick_a_pic("b", 0, 1, label_0, label_1)])
     with pytest.raises(InputError, match=r"p.parquet, row 2: the labels contradict: label_0 is"):
         read(tmp_path, policy)
@@ -511,15 +512,61 @@ def test_labels_that_contradict(label_0: float, label_1: float, tmp_path: Path, 
         ({"prompt": "a", "image_path": ["0.png", "1.png"], "human_preference": [1]}, "human_preference has 1 numbers for 2 pictures"),
         ({"prompt": "a", "image_path": ["0.png", "1.png"], "rank": [1, 2, 3]}, "rank has 3 numbers for 2 pictures"),
         ({"prompt": "a", "images": ["0.png", "1.png"], "scores": [1, 2]}, "images stand best first, and scores do not fall"),
-        ({"prompt": "a", "images": ["0.png"]}, "images is no list of two or more pictures"),
+        ({"prompt": "a", "images": "0.png"}, "images is no list of two or more pictures"),
         ({"prompt": "a", "images": ["0.png", "1.png"], "scores": "ab"}, "scores is no list of numbers"),
     ],
 )
-def test_lists_that_contradict(row: dict[str, Any], message: str, tmp_path: Path, policy: StableDiffusion) -> None:
+def test_lists_that_contradict(row: dict[str, Any], message: str, tmp_path: Path, policy: UNetPolicy) -> None:
     pictures(tmp_path, 0, 1)
     (tmp_path / "train.json").write_text(json.dumps([row]))
     with pytest.raises(InputError, match=f"train.json, entry 1: .*{message}"):
         read(tmp_path, policy)
+
+
+def test_single_pictures_and_equal_scores_are_left_out(tmp_path: Path, policy: UNetPolicy) -> None:
+    pictures(tmp_path, 0, 1)
+    good = {"prompt": "b", "images": ["0.png", "1.png"]}
+    lines(tmp_path / "ranks.jsonl", {"prompt": "a", "images": ["0.png"]}, {"prompt": "a", "images": []}, good)
+    assert found(tmp_path, policy) == [("b", 0, 1)]
+    tie = {"prompt": "a", "chosen": "0.png", "rejected": "1.png", "chosen_score": 2, "rejected_score": 2}
+    lines(tmp_path / "pairs.jsonl", tie, {"prompt": "b", "chosen": "0.png", "rejected": "1.png"})
+    assert found(tmp_path, policy) == [("b", 0, 1)]
+
+
+def test_ranks_and_ratings_of_one_prompt_are_not_mixed(tmp_path: Path, policy: UNetPolicy) -> None:
+    """Ranks count where all pictures have one, else ratings where all have one."""
+    pictures(tmp_path, 0, 1)
+
+    def rows(*labels: tuple[int | None, float | None]) -> None:
+        keys = ("prompt_id", "prompt", "image_path", "rank", "overall_rating")
+        made = [("p", "a", f"{i}.png", *label) for i, label in enumerate(labels)]
+        parquet(tmp_path / "metadata-train.parquet", [dict(zip(keys, values, strict=True)) for values in made])
+
+    rows((1, 2.0), (2, 7.0))
+    assert found(tmp_path, policy) == [("a", 0, 1)]
+    rows((1, 2.0), (None, 7.0))
+    assert found(tmp_path, policy) == [("a", 1, 0)]
+    rows((1, 7.0), (None, 2.0))
+    assert found(tmp_path, policy) == [("a", 0, 1)]
+    rows((1, None), (None, 7.0))
+    with pytest.raises(InputError, match="a rank each, or an overall_rating each"):
+        read(tmp_path, policy)
+
+
+def test_labels_of_one_picture_contradict(tmp_path: Path, policy: UNetPolicy) -> None:
+    pictures(tmp_path, 0, 1)
+    rows = [{"prompt": "a", "image": "0.png", "label": True}, {"prompt": "a", "image": "0.png", "label": False}]
+    lines(tmp_path / "labels.jsonl", *rows)
+    with pytest.raises(InputError, match="a picture of 'a' is labelled true in one row, and false in another"):
+        read(tmp_path, policy, "labels")
+    said: list[str] = []
+    assert len(read(tmp_path, policy, "labels", skip=True, say=said.append)[0]) == 1
+    assert any("All pictures are liked" in line for line in said)
+    (tmp_path / "labels.jsonl").unlink()
+    pair = {"prompt": "a", "chosen": "0.png", "rejected": "1.png"}
+    lines(tmp_path / "pairs.jsonl", pair, {**pair, "chosen": "1.png", "rejected": "0.png"})
+    assert len(read(tmp_path, policy, say=said.append)[0]) == 2
+    assert "1 pairs stand in both orders: people disagreed, and both count." in said
 
 
 def test_no_data_is_said_before_a_model_is_loaded(tmp_path: Path) -> None:
@@ -565,7 +612,7 @@ def test_without_the_package_datasets(tmp_path: Path, monkeypatch: pytest.Monkey
             examples.check(source, "pairs")
 
 
-def test_rows_of_a_prompt_stand_together_where_they_hold_pictures(tmp_path: Path, policy: StableDiffusion) -> None:
+def test_rows_of_a_prompt_stand_together_where_they_hold_pictures(tmp_path: Path, policy: UNetPolicy) -> None:
     rows = [{"prompt_id": p, "prompt": p, "image": png(s), "rank": r} for p, s, r in (("p", 0, 1), ("q", 1, 1), ("p", 2, 2))]
     parquet(tmp_path / "data.parquet", rows)
     with pytest.raises(InputError, match=r"row 3: prompt_id p came before. The rows of a prompt must stand together"):
@@ -580,7 +627,7 @@ def test_a_list_is_read_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert [dict(record.values) for record in records.read(tmp_path / "list.json")] == rows
 
 
-def test_the_hub_is_streamed(tmp_path: Path, policy: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_streamed(tmp_path: Path, policy: UNetPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the Hub serves it, from a file: pictures stay bytes."""
     datasets = pytest.importorskip("datasets")
     rows = [{"prompt": f"prompt {i}", "chosen": png(i), "rejected": png(i + 10)} for i in range(10)]

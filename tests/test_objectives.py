@@ -15,7 +15,7 @@ from torch.distributions import Normal, kl_divergence
 from diffalign.objectives.policy_gradient import Surrogate, clipped_surrogate, gaussian_kl, reinforce
 from diffalign.objectives.preference import Margin, denoising_margin, kto, mapo, preference
 from diffalign.objectives.regression import proximal_reward_difference, reward_difference
-from diffalign.objectives.weighting import best_of, effective_sample_size, exponential_weights
+from diffalign.objectives.weighting import effective_sample_size, exponential_weights
 
 LN2 = math.log(2)
 MARGINS: list[Margin] = ["logistic", "squared", "hinge"]
@@ -362,15 +362,6 @@ def test_effective_sample_size_by_hand():
     assert effective_sample_size(f64(0, 0, 7)) == 1
     near(effective_sample_size(f64(1, 3)).reshape(1), 1.6)  # 4^2 / (1 + 9)
     near(effective_sample_size(f64(10, 30)).reshape(1), 1.6)
-
-
-def test_best_of_by_hand():
-    groups = torch.tensor([7, -3, 7, 5, -3, 7])
-    scores = torch.tensor([1.0, -2.0, 4.0, -9.0, -1.0, 4.0])  # 7: 1, 4, 4; -3: -2, -1; 5: -9
-    assert best_of(scores, groups).tolist() == [False, False, True, True, True, False]
-    assert best_of(torch.full((3,), -math.inf), torch.tensor([0, 0, 1])).tolist() == [True, False, True]
-    with pytest.raises(ValueError, match="NaN"):
-        best_of(torch.tensor([1.0, math.nan]), torch.tensor([0, 1]))
 
 
 # --- all of them ---

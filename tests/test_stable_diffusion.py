@@ -1,4 +1,4 @@
-"""Stable Diffusion as a policy: diffusers' own pictures, a base that stays as it was, LoRA files that plain diffusers loads."""
+"""Stable Diffusion as a policy: diffusers' own pictures for all its noise schedules, embeddings, and the LoRA. See test_pipelines.py."""
 
 from __future__ import annotations
 
@@ -7,47 +7,39 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import tiny
 import torch
-from torch import Generator, Tensor
+from parity import own_pictures, perturb, trainable
+from parity import pictures as pictures_of
+from parity import run as run_of
+from torch import Tensor
 
+import diffalign
 from diffalign.errors import InputError
 from diffalign.lora import LoRA
 from diffalign.pipelines.stable_diffusion import StableDiffusion
-from diffalign.sampling import ddim, rollout, transition
+from diffalign.pipelines.unet import UNetPolicy
+from diffalign.sampling import ddim, rollout
 from diffalign.types import Policy, Prompts, Trajectory
 
 PROMPTS = Prompts(("a red fox", "two cats"))
 STEPS = 4
 
 
-def a_policy(lora: LoRA | None = None, seed: int = 0, **options: Any) -> StableDiffusion:
+def a_policy(lora: LoRA | None = None, seed: int = 0, **options: Any) -> UNetPolicy:
     policy = StableDiffusion.of(tiny.stable_diffusion(), **{"guidance_scale": 5.0, **options})
     if lora is not None:
         policy.adapt(lora, seed)
     return policy
 
 
-def trainable(policy: StableDiffusion) -> list[Tensor]:
-    return [p for p in policy.module.parameters() if p.requires_grad]
+def run(policy: UNetPolicy, **options: Any) -> Trajectory:
+    return run_of(policy, PROMPTS, **options)
 
 
-@torch.no_grad()
-def perturb(policy: StableDiffusion, scale: float = 0.3) -> None:
-    rng = Generator().manual_seed(7)
-    for p in trainable(policy):
-        p.add_(scale * torch.randn(p.shape, generator=rng))
-
-
-def run(policy: StableDiffusion, eta: float = 0.0, steps: int = STEPS, **options: Any) -> Trajectory:
-    return rollout(policy, policy.encode(PROMPTS), steps=steps, kernel=ddim(eta), rng=Generator().manual_seed(0), **options)
-
-
-@torch.no_grad()
-def pictures(policy: StableDiffusion, **options: Any) -> Tensor:
-    return policy.decode(run(policy, **options).final)
+def pictures(policy: UNetPolicy, **options: Any) -> Tensor:
+    return pictures_of(policy, PROMPTS, **options)
 
 
 @contextmanager
@@ -57,11 +49,6 @@ def calls(module: torch.nn.Module) -> Iterator[list[int]]:
     handle = module.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(len((*args, *kwargs.values())[0])), with_kwargs=True)
     yield sizes
     handle.remove()
-
-
-def diffusers_pictures(pipe: Any, latents: Tensor, guidance: float, steps: int = STEPS, negative: str = "") -> Tensor:
-    settings = {"latents": latents, "guidance_scale": guidance, "num_inference_steps": steps, "output_type": "pt"}
-    return pipe(list(PROMPTS.text), negative_prompt=[negative] * len(PROMPTS), **settings).images
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
@@ -74,28 +61,67 @@ def diffusers_pictures(pipe: Any, latents: Tensor, guidance: float, steps: int =
         ({"timestep_spacing": "linspace"}, 3),
         ({"prediction_type": "v_prediction"}, 5),
         ({"prediction_type": "v_prediction", "timestep_spacing": "trailing", "rescale_betas_zero_snr": True}, 5),
+        ({"prediction_type": "v_prediction", "unet": tiny.SD_2}, 5),
+        ({"prediction_type": "sample"}, 5),
     ],
-    ids=["sd", "leading", "trailing", "linspace", "v", "zero snr"],
+    ids=["sd", "leading", "trailing", "linspace", "v", "zero snr", "2.x", "sample"],
 )
 def test_pictures_are_diffusers_own(config: dict[str, Any], steps: int, guidance: float):
     policy = StableDiffusion.of(tiny.stable_diffusion(**config), guidance_scale=guidance, negative_prompt="bad")
-    latents = policy.prior(policy.encode(PROMPTS), Generator().manual_seed(0))
-    theirs = diffusers_pictures(policy.pipe, latents, guidance, steps, "bad")
+    theirs = own_pictures(policy, PROMPTS, steps)
     torch.testing.assert_close(pictures(policy, steps=steps), theirs, rtol=0, atol=1e-5)
     assert theirs.std() > 0.01, "the pictures hold something to compare"
 
 
-@pytest.mark.parametrize("name", ["PNDM", "EulerDiscrete", "DPMSolverMultistep"])
-def test_a_pipeline_with_another_scheduler_is_sampled_with_its_ddim_twin(name: str):
+def test_what_other_schedulers_left_in_the_configuration_is_not_read():
+    """SDXL's own file is of a scheduler that ends at sigma 0, and says set_alpha_to_one: false, which that scheduler does not know."""
+    import diffusers
+
     pipe = tiny.stable_diffusion()
-    sd = {k: pipe.scheduler.config[k] for k in ("beta_start", "beta_end", "beta_schedule", "steps_offset")}
-    pipe.scheduler = getattr(diffusers, f"{name}Scheduler")(**sd, timestep_spacing="leading")
+    left = {"set_alpha_to_one": False, "clip_sample": True, "skip_prk_steps": True}
+    euler: Any = diffusers.EulerDiscreteScheduler.from_config({**tiny.SCHEDULER, **left, "timestep_spacing": "leading"})
+    pipe.scheduler = euler
+    assert euler.config.set_alpha_to_one is False
     policy = StableDiffusion.of(pipe, guidance_scale=5.0)
-    assert type(pipe.scheduler).__name__ == f"{name}Scheduler", "the pipeline keeps its own"
-    saved = {k: v for k, v in pipe.scheduler.config.items() if k != "_use_default_values"}  # as a folder on disk holds it
-    pipe.scheduler = diffusers.DDIMScheduler.from_config(saved, clip_sample=False)
-    latents = policy.prior(policy.encode(PROMPTS), Generator().manual_seed(0))
-    torch.testing.assert_close(pictures(policy), diffusers_pictures(pipe, latents, 5.0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(pictures(policy), own_pictures(policy, PROMPTS), rtol=0, atol=1e-4)
+    assert float(policy.path.schedule(4).then.sigma[-1]) == 0
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(euler.config, final_sigmas_type="sigma_min")
+    policy = StableDiffusion.of(pipe, guidance_scale=5.0)
+    torch.testing.assert_close(pictures(policy), own_pictures(policy, PROMPTS), rtol=0, atol=1e-4)
+    assert float(policy.path.schedule(4).then.sigma[-1]) > 0
+    pipe.scheduler = diffusers.EulerDiscreteScheduler(timestep_type="continuous")
+    with pytest.raises(InputError, match="continuous noise levels"):
+        StableDiffusion.of(pipe)
+
+
+def test_a_safety_checker_stays_in_the_pipeline_which_is_said(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pipe = tiny.checked()
+    pipe.save_pretrained(tmp_path / "model")
+    given: dict[str, Any] = {"prompts": tiny.PROMPTS, "steps": 1, "batch_size": 2, "eval_size": 0, "sample_steps": 2, "inference_steps": 2}
+    for model, name in ((pipe, "live"), (tmp_path / "model", "named")):
+        run = diffalign.align(model, reward=f"{files}/rewards.py:red", output=tmp_path / name, lora={"rank": 2}, **given)
+        assert "The pipeline's safety checker stays in the pipeline" in capsys.readouterr().err
+        trained = run.pipeline
+        assert type(trained.safety_checker).__name__ == "StableDiffusionSafetyChecker"
+        trained.set_progress_bar_config(disable=True)
+        done = trained("a red dog", num_inference_steps=2, output_type="pt")
+        assert done.nsfw_content_detected == [True], "it is called: the tiny one flags everything"
+        assert not done.images.any()
+
+
+def test_a_tiny_vae_has_no_posterior():
+    from diffusers import AutoencoderTiny
+
+    pipe = tiny.stable_diffusion()
+    pipe.register_modules(
+        vae=AutoencoderTiny(
+            encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)
+        )
+    )  # fmt: skip
+    policy = StableDiffusion.of(pipe, guidance_scale=5.0)
+    torch.testing.assert_close(pictures(policy), own_pictures(policy, PROMPTS), rtol=0, atol=1e-5)
+    images = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(policy.embed(images), pipe.vae.encode(images * 2 - 1).latents)
 
 
 @pytest.mark.parametrize(("guidance", "size"), [(5.0, 4), (1.0, 2)])
@@ -126,19 +152,6 @@ def test_an_embeddings_bits_do_not_depend_on_its_neighbours():
     for i in (0, 5, 11):
         assert torch.equal(a_policy().encode(Prompts((texts[i],))).tensors["encoder_hidden_states"][0], together[i])
     assert not torch.equal(together[0], together[1])
-
-
-def test_log_probabilities_replay_bit_for_bit():
-    policy = a_policy(LoRA(rank=2))
-    perturb(policy)
-    with torch.no_grad():
-        trajectory = run(policy, eta=1.0)
-    for i in range(STEPS):
-        now, then = trajectory.schedule.now[i], trajectory.schedule.then[i]
-        action = transition(policy, trajectory.states[i], now, then, trajectory.condition, ddim(1.0))
-        log_prob = action.log_prob(trajectory.states[i + 1])
-        assert torch.equal(log_prob, trajectory.log_probs[i]), "with a graph and without: ratio exactly 1"
-        assert log_prob.requires_grad
 
 
 def test_a_new_lora_changes_nothing_and_trains_only_itself():
@@ -197,19 +210,6 @@ def test_a_graph_lives_through_the_reference():
     assert all(g.any() for g in gradients[0])
 
 
-def test_plain_diffusers_loads_the_lora_and_makes_the_same_pictures(tmp_path: Path):
-    policy = a_policy(LoRA(rank=2, alpha=5))
-    perturb(policy)
-    policy.save(tmp_path)
-    pipe = tiny.stable_diffusion()
-    pipe.load_lora_weights(tmp_path)
-    latents = policy.prior(policy.encode(PROMPTS), Generator().manual_seed(0))
-    theirs = diffusers_pictures(pipe, latents, 5.0)
-    pipe.unload_lora_weights()
-    assert (theirs - diffusers_pictures(pipe, latents, 5.0)).abs().max() > 0.01
-    torch.testing.assert_close(pictures(policy), theirs, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("as_file", [False, True])
 def test_training_continues_from_a_saved_lora(tmp_path: Path, as_file: bool):
     policy = a_policy(LoRA(rank=2, alpha=5))
@@ -264,16 +264,9 @@ def test_full_fine_tuning_keeps_the_base(tmp_path: Path, precision: str):
     assert torch.equal(pictures(policy), after)
 
 
-def test_decode_is_differentiable_and_a_picture():
-    policy = a_policy()
-    latents = (3 * torch.randn(2, 4, 8, 8)).requires_grad_()
-    images = policy.decode(latents)
-    assert images.shape == (2, 3, 16, 16)
-    assert torch.equal(images, images.clamp(0, 1))
-    assert (torch.autograd.grad(images.sum(), latents)[0].flatten(1) != 0).any(1).all()
-    assert policy.embed(images).shape == (2, 4, 8, 8)
+def test_a_picture_is_embedded_as_the_mode_of_the_posterior():
+    policy, images = a_policy(), torch.rand(2, 3, 16, 16)
     assert torch.equal(policy.embed(images), policy.pipe.vae.encode(images * 2 - 1).latent_dist.mode() * 0.18215)
-    assert pictures(a_policy(height=16, width=24)).shape == (2, 3, 16, 24)
 
 
 @pytest.mark.parametrize("grad_steps", [1, 2])

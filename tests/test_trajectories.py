@@ -122,6 +122,20 @@ def pixels(path: Path) -> Tensor:
     return torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy()).permute(2, 0, 1) / 255
 
 
+def test_the_noise_of_the_first_step_is_not_that_of_the_first_state(folder: Path, files: Path):
+    policy = the_policy(files)
+    for source in read(folder, policy):
+        batch, taken = source.take(range(len(source))), source.taken
+        for side in (batch.x_0, batch.rejected):
+            states = side.transpose(0, 1)
+            trajectory = Trajectory(states, torch.zeros(3, len(side)), taken.actions, taken.schedule, policy.encode(batch.prompts))
+            with torch.no_grad():
+                now = replay(policy, trajectory, torch.zeros(len(side), dtype=torch.int64), torch.arange(len(side)), ddim(taken.eta))
+            z = (now.x_s - now.action.mean).flatten(1)
+            for noise, start in zip(z, states[0].flatten(1), strict=True):
+                assert abs(float(torch.corrcoef(torch.stack([noise, start]))[0, 1])) < 0.4
+
+
 def test_the_same_command_writes_the_same_bytes(folder: Path, files: Path, tmp_path: Path, run_cli: Callable[..., Any]):
     """Also where it was stopped between the samples of a batch."""
     assert run_cli(*command(files, tmp_path / "again", "--pairs", 3)).status == 0
@@ -193,3 +207,22 @@ def test_bad_flags(files: Path, tmp_path: Path, run_cli: Callable[..., Any]):
     assert outcome.status == 2
     assert "needs a reward" in outcome.err
     assert "diffalign pairs --trajectories" in outcome.err
+
+
+def test_changed_data_is_not_resumed(folder: Path, files: Path, tmp_path: Path, run_cli: Callable[..., Any]):
+    """The order of the examples is in the checkpoint as numbers: they would mean others, or the same ones judged the other way."""
+    copy, _ = a_copy(folder, tmp_path)
+    flags = ["--pipeline", files / "model", "--prompts", files / "prompts.txt", "--steps", 1, "--guidance-scale", 2, "--batch-size", 4]
+    rounds = ["--method.batches", 1, "--method.updates", 1, "--sample-steps", 2, "--eval-size", 0]
+    outcome = run_cli("train", "--method", "d3po", "--data", copy, *flags, *rounds, "--output", tmp_path / "run")
+    assert outcome.status == 0, outcome.err
+    assert f"with {copy}: 11 examples" in outcome.err
+    swapped = [json.loads(line) for line in (copy / "pairs.jsonl").read_text().splitlines()]
+    for row in swapped:
+        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+        row["chosen_score"], row["rejected_score"] = row["rejected_score"], row["chosen_score"]
+        row["chosen_score"] = row["rejected_score"] + 1
+    (copy / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in swapped))
+    outcome = run_cli("train", "--resume", tmp_path / "run", "--steps", 2)
+    assert outcome.status == 2
+    assert "not those that the run was made with" in outcome.err

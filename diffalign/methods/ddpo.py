@@ -13,7 +13,7 @@ from diffalign.advantages import Kind, advantages
 from diffalign.checks import above_zero, at_least, check, zero_or_more
 from diffalign.errors import InputError
 from diffalign.objectives.policy_gradient import clipped_surrogate, reinforce
-from diffalign.rounds import check_first_pass, check_noise, greedy_scores, parts, sample_round, shares
+from diffalign.rounds import check_first_pass, check_noise, greedy_scores, nothing_differs, parts, sample_round, shares
 from diffalign.sampling import SDENoise, noisy, replay
 from diffalign.types import Context, Loss, Needs, Policy, Prompts, Reward
 
@@ -115,6 +115,8 @@ class DDPO:
             least=self.least,
         )
         about = round_.metrics
+        if self.kl_weight == 0 and nothing_differs(int(gains.count_nonzero()), gains, context):
+            return
         stale = False
         for _ in range(self.inner_epochs):
             for steps, rows in shares(round_, self.updates, self.fraction, context.rng):

@@ -71,6 +71,10 @@ class HIVE:
         return PHRASE.format(WORDS[-1]) if self.variant == "conditional" else ""
 
     def losses(self, policy: EditingPolicy, reward: Any, batch: Examples, context: Context) -> Iterator[Loss]:
+        if self.weighting == "v" and getattr(policy.path, "prediction", None) != "epsilon":
+            raise InputError(
+                "method.weighting v is of networks that predict epsilon, and this one does not: give method.weighting epsilon."
+            )
         parts: list[Examples] = context.batches(batch, self.forwards)
         scores = torch.stack([_scores(part) for part in parts])  # (forwards, B)
         everyone = context.processes.gather(scores[None]).to(scores.device)  # (processes, forwards, B)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
@@ -21,18 +19,3 @@ def exponential_weights(scores: Tensor, *, beta: float, cap: float | None = None
 def effective_sample_size(weights: Tensor) -> Tensor:
     """`(sum w)^2 / sum w^2` of the weights (B,), 0 or more and not all 0: a scalar from 1 (one sample has it all) to B (all equal)."""
     return weights.sum() ** 2 / (weights**2).sum()
-
-
-def best_of(scores: Tensor, groups: Tensor) -> Tensor:
-    """Bool (B,): the sample of the highest score (B,) in each group, the first of equals (RAFT, arXiv 2304.06767).
-
-    groups (B,) are int64 ids, any numbers, in any order. Raises ValueError where a score is NaN: nothing is best then.
-    """
-    if bool(scores.isnan().any()):
-        raise ValueError("best_of: a score is NaN.")
-    ids, group = cast(tuple[Tensor, Tensor], torch.unique(groups, return_inverse=True))  # pyright: ignore[reportUnknownMemberType]
-    top = scores.new_empty(len(ids)).scatter_reduce(0, group, scores, "amax", include_self=False)
-    row = torch.arange(len(scores), device=scores.device)
-    candidate = torch.where(scores == top[group], row, len(scores))
-    first = torch.empty_like(ids).scatter_reduce(0, group, candidate, "amin", include_self=False)
-    return row == first[group]

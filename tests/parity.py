@@ -1,0 +1,82 @@
+"""A policy's pictures, and those of its pipeline's own `__call__` from the same noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from diffalign.models import adapter_of
+from diffalign.sampling import ddim, rollout
+from diffalign.types import Prompts, Trajectory
+
+STEPS = 4
+TEXTS = ("a red fox", "two cats")
+
+
+def policy_of(pipe: Any, **options: Any) -> Any:
+    """The policy of a live pipeline, as its class has it; with guidance 5."""
+    return adapter_of(type(pipe).__name__).of(pipe, **{"guidance_scale": 5.0, **options})
+
+
+def prompts_for(policy: Any, texts: tuple[str, ...] = TEXTS) -> Prompts:
+    """Texts, and the pictures and masks that the policy takes: of the masks the left half, or all but the top row."""
+    size, rng = (len(texts), 3, policy.height, policy.width), Generator().manual_seed(1)
+    mask = torch.zeros(len(texts), 1, policy.height, policy.width)
+    mask[::2, :, :, : policy.width // 2] = 1
+    mask[1::2, :, 4:] = 1
+    return Prompts(
+        texts, torch.rand(size, generator=rng) if "image" in policy.takes else None, mask if "mask" in policy.takes else None
+    )  # fmt: skip
+
+
+def run(policy: Any, prompts: Prompts | None = None, eta: float = 0.0, steps: int = STEPS, **options: Any) -> Trajectory:
+    condition = policy.encode(prompts_for(policy) if prompts is None else prompts)
+    return rollout(policy, condition, steps=steps, kernel=ddim(eta), rng=Generator().manual_seed(0), **options)
+
+
+@torch.no_grad()
+def pictures(policy: Any, prompts: Prompts | None = None, **options: Any) -> Tensor:
+    return policy.decode(run(policy, prompts, **options).final)
+
+
+@torch.no_grad()
+def own_pictures(policy: Any, prompts: Prompts | None = None, steps: int = STEPS, pipe: Any = None, **options: Any) -> Tensor:
+    """What `pipe`, by default the policy's own, makes of the prompts by itself."""
+    pipe, prompts = pipe or policy.pipe, prompts_for(policy) if prompts is None else prompts
+    given = {"latents": policy.prior(policy.encode(prompts), Generator().manual_seed(0)), "guidance_scale": policy.guidance_scale}
+    given |= {} if policy.negative_prompt is None else {"negative_prompt": [policy.negative_prompt] * len(prompts)}
+    given |= {} if prompts.image is None else {"image": prompts.image}
+    given |= {"mask_image": prompts.mask, "strength": 1.0} if prompts.mask is not None else {}
+    given |= {"image_guidance_scale": policy.image_guidance_scale} if policy.takes == ("image",) else {}
+    sizes = {"height": policy.height, "width": policy.width} if policy.takes != ("image",) or policy.sizes is not None else {}
+    return pipe(list(prompts.text), num_inference_steps=steps, output_type="pt", **given, **sizes, **options).images
+
+
+def trainable(policy: Any) -> list[Tensor]:
+    return [p for p in policy.module.parameters() if p.requires_grad]
+
+
+@torch.no_grad()
+def perturb(policy: Any, scale: float = 0.1) -> None:
+    """Move the weights that train. Not much further: the sampler of a wild network multiplies the last bits of fp32."""
+    rng = Generator().manual_seed(7)
+    for p in trainable(policy):
+        p.add_(scale * torch.randn(p.shape, generator=rng))
+
+
+def lora_from_elsewhere(pipe: Any, folder: Path, rank: int = 3) -> Path:
+    """A LoRA in diffusers' layout that peft and diffusers made alone, without metadata, of the UNet of `pipe`, which is left as it was."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipe.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_v", "proj_in"]))
+    rng = Generator().manual_seed(3)
+    for name, p in pipe.unet.named_parameters():
+        if "lora_" in name:
+            p.data = 0.1 * torch.randn(p.shape, generator=rng)
+    type(pipe).save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(pipe.unet))
+    pipe.unet.delete_adapters("default")
+    return folder
