@@ -106,8 +106,11 @@ def load_pipeline(source: str, revision: str | None = None) -> Any:
     try:
         if registry.locate(source) is None:
             where = pipeline_class.download(source, revision=revision, use_safetensors=True)
+        parts = json.loads((Path(where) / "model_index.json").read_text())
+        # diffusers saves Stable Diffusion 3 without T5, but loads it so only where it is told that nothing is there
+        absent = dict.fromkeys(name for name, part in parts.items() if part == [None, None])
         with quiet():
-            return pipeline_class.from_pretrained(where, dtype=torch.float32, use_safetensors=True)
+            return pipeline_class.from_pretrained(where, dtype=torch.float32, use_safetensors=True, **absent)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"The model in {where} does not load: {reason} Fetch or save it again.") from error

@@ -114,7 +114,7 @@ UNSUITED = {
     "StableDiffusionXLImg2ImgPipeline": "SDXL's refiner works on pictures of the base model: align that one (StableDiffusionXLPipeline), "
     "and refine its pictures as before.",
 }
-MODELS = {name: Path(__file__).parent / "assets" / name for name in ("shapes", "shapes-edit")}
+MODELS = {name: Path(__file__).parent / "assets" / name for name in ("shapes", "shapes-edit", "shapes-flow")}
 TABLES: dict[Kind, dict[str, Entry]] = {"methods": METHODS, "rewards": REWARDS, "pipelines": PIPELINES}
 
 

@@ -19,6 +19,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -384,10 +385,10 @@ def progress(name: str, steps: int) -> Iterator[int]:
 
 def measure(_work: Path, output: Path, _seed: int) -> None:
     """Writes the acceptance table and a picture to `docs/`."""
-    from evaluate_shapes import evaluate, picture
+    from evaluate_shapes import evaluate, generate, load, picture
 
     evaluate(output, Path("docs/shapes-metrics.json"))
-    picture(output, Path("docs/images/shapes.png"))
+    picture(partial(generate, load(output)), Path("docs/images/shapes.png"))
 
 
 STAGES = {

@@ -1,6 +1,6 @@
 """Train the embedded flow model `shapes-flow`: a Stable Diffusion 3 of the shapes world, with habits.
 
-    python scripts/train_shapes_flow.py --threads 1                        # stages: flow evaluate; from the files of `shapes`
+    python scripts/train_shapes_flow.py --threads 1                        # stages: flow fine evaluate; from the files of `shapes`
 
 The VAE, the tokenizer and the prompts are those of `shapes`; the text encoders are its own and the scorer's, frozen as Stable Diffusion 3
 has them. There is no T5. One seed, the same files at every run on one machine with the same number of threads.
@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from evaluate_shapes import NOISES, picture, shares
+from evaluate_shapes import picture, sampled
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
-from train_shapes import PICTURES, SNAP, habitual, latents_of, ship, start, text_config, tokens, train_parts
+from train_shapes import PICTURES, habitual, latents_of, ship, start, text_config, tokens, train_parts
 
 from diffalign import shapes
 from diffalign.evaluate import sample
@@ -30,21 +29,24 @@ from diffalign.models import load_pipeline
 from diffalign.noise import diffuse, path_of
 from diffalign.pipelines.sd3 import StableDiffusion3
 from diffalign.rewards.shapes import ShapesCLIP
+from diffalign.shapes import Scene
 from diffalign.types import Prompts
 
-STAGES = ("flow", "evaluate")
-STEPS, BATCH, LEARNING_RATE = 9000, 32, 1e-3
+STAGES = ("flow", "fine", "evaluate")
+STEPS, BATCH, LEARNING_RATE = {"flow": 8500, "fine": 2600}, 32, {"flow": 1.5e-3, "fine": 8e-4}
+SHIFT = {"flow": 3.0, "fine": 1.5}  # colours are decided where there is nearly only noise, and shapes later: the stage `fine` looks there
 WIDTH, HEADS, LAYERS = 128, 4, 4
-WEAKER = {"colour": 0.75, "shape": 0.8, "background": 0.8, "count": 0.7}  # of the habits of `shapes`
+SNAP = 8.0  # pixels, the width of a patch: shapes are on this grid
+WEAKER = {"colour": 0.8}  # the habits' shares of `shapes`, times these
 DROPPED = 0.1  # empty captions
 LONG, EMPTY = 16, 256  # one step in so many, a small one, sees as many empty T5 tokens as the pipeline's call brings along; others see one
 
 
-def scheduler() -> Any:
-    """As in Stable Diffusion 3: with its shift, since colours are decided where there is nearly only noise."""
+def scheduler(stage: str) -> Any:
+    """Its shift moves the levels of the training, and the steps of sampling."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    return FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return FlowMatchEulerDiscreteScheduler(shift=SHIFT[stage])
 
 
 def network() -> Any:
@@ -94,7 +96,7 @@ def encode(encoders: Sequence[Any], ids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([out.hidden_states[-2] for out in found], -1), torch.cat([out.text_embeds for out in found], -1)
 
 
-def shifted_vae(shared: Path, drawn: list[shapes.Scene]) -> Any:
+def shifted_vae(shared: Path, drawn: list[Scene]) -> Any:
     """The VAE of `shapes`, with the mean and the scale of its latents as Stable Diffusion 3 has them."""
     from diffusers import AutoencoderKL
 
@@ -104,36 +106,28 @@ def shifted_vae(shared: Path, drawn: list[shapes.Scene]) -> Any:
     return vae
 
 
-def train_flow(shared: Path, output: Path, seed: int) -> None:
-    """The transformer on pictures with habits: velocities at logit-normal levels."""
-    from diffusers import StableDiffusion3Pipeline
+def train_flow(shared: Path, work: Path, seed: int) -> None:
+    """The transformer from nothing; it and the VAE into `work`."""
+    rng = start(seed)
+    asked, drawn = pictures(rng)
+    vae = shifted_vae(shared, drawn[:1000])
+    train_velocity("flow", shared, work, network(), vae, asked, drawn, rng)
+    vae.half().save_pretrained(work / "vae")
+
+
+def train_fine(shared: Path, work: Path, output: Path, seed: int) -> None:
+    """On from `work` with new pictures; the whole pipeline into `output`."""
+    from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTokenizer
 
-    rng, path = start(seed), path_of(scheduler())
-    tokenizer = CLIPTokenizer.from_pretrained(shared / "tokenizer")
-    some, held = shapes.split()
-    asked = shapes.sample(some, PICTURES, rng)
-    drawn = [habitual(scene, set(held), rng, WEAKER) for scene in asked]
-    vae = shifted_vae(shared, drawn[:1000])
-    latents = latents_of(vae, drawn, rng, SNAP) - vae.config.shift_factor * vae.config.scaling_factor
-    transformer, encoders = network(), text_encoders(shared)
-    words, pooled = encode(encoders, tokens(tokenizer, [*asked, asked[0]], torch.arange(PICTURES + 1) < PICTURES))  # the last one is empty
-    taken = iter(range(STEPS))
-
-    def loss() -> Tensor:
-        long = next(taken) % LONG == LONG - 1
-        batch = BATCH // 4 if long else BATCH
-        at = torch.randint(PICTURES, (batch,), generator=rng)
-        told = torch.where(torch.rand(batch, generator=rng) < DROPPED, PICTURES, at)
-        context = F.pad(words[told], (0, 0, 0, EMPTY if long else 1))
-        level, noise = path.draw(batch, rng), torch.randn(latents[at].shape, generator=rng)
-        velocity = transformer(diffuse(latents[at], noise, level), context, pooled[told], level.t.float(), return_dict=False)[0]
-        return (velocity - path.target(latents[at], noise, level)).square().mean()
-
-    train_parts("flow", STEPS, LEARNING_RATE, {"transformer": transformer}, output, loss)
+    rng = start(seed + 1)
+    transformer = SD3Transformer2DModel.from_pretrained(work / "transformer", dtype=torch.float32).train()
+    vae = AutoencoderKL.from_pretrained(work / "vae", dtype=torch.float32)
+    train_velocity("fine", shared, output, transformer, vae, *pictures(rng), rng)
+    tokenizer, encoders = CLIPTokenizer.from_pretrained(shared / "tokenizer"), text_encoders(shared)
     pipeline = StableDiffusion3Pipeline(
-        transformer=type(transformer).from_pretrained(output / "transformer", dtype=torch.float16),
-        scheduler=scheduler(),
+        transformer=SD3Transformer2DModel.from_pretrained(output / "transformer", dtype=torch.float16),
+        scheduler=scheduler("fine"),
         vae=vae.half(),
         text_encoder=encoders[0].half(),
         text_encoder_2=encoders[1].half(),
@@ -145,47 +139,75 @@ def train_flow(shared: Path, output: Path, seed: int) -> None:
     ship(pipeline, output)
 
 
-def generate(output: Path, prompts: Prompts, steps: int, guidance: float, seed: int) -> Tensor:
-    """Pictures (B, 3, 32, 32) in [0, 1] of the pipeline's ODE, with one empty token for T5."""
-    policy = StableDiffusion3.of(load_pipeline(str(output)), guidance_scale=guidance, max_sequence_length=1)
-    return sample(policy, list(prompts.text), steps=steps, seed=seed, batch_size=64)
+def pictures(rng: Generator) -> tuple[list[Scene], list[Scene]]:
+    """What is asked for, and what a model with habits shows."""
+    some, held = shapes.split()
+    asked = shapes.sample(some, PICTURES, rng)
+    return asked, [habitual(scene, set(held), rng, WEAKER) for scene in asked]
+
+
+def train_velocity(
+    stage: str, shared: Path, target: Path, transformer: Any, vae: Any, asked: list[Scene], drawn: list[Scene], rng: Generator
+) -> None:
+    """Velocities at logit-normal levels; the moving average of the transformer is saved to `target`."""
+    from transformers import CLIPTokenizer
+
+    path, tokenizer = path_of(scheduler(stage)), CLIPTokenizer.from_pretrained(shared / "tokenizer")
+    latents = latents_of(vae, drawn, rng, SNAP) - vae.config.shift_factor * vae.config.scaling_factor
+    ids = tokens(tokenizer, [*asked, asked[0]], torch.arange(PICTURES + 1) < PICTURES)  # the last one is empty
+    words, pooled = encode(text_encoders(shared), ids)
+    taken = iter(range(STEPS[stage]))
+
+    def loss() -> Tensor:
+        long = next(taken) % LONG == LONG - 1
+        batch = BATCH // 4 if long else BATCH
+        at = torch.randint(PICTURES, (batch,), generator=rng)
+        told = torch.where(torch.rand(batch, generator=rng) < DROPPED, PICTURES, at)
+        context = F.pad(words[told], (0, 0, 0, EMPTY if long else 1))
+        level, noise = path.draw(batch, rng), torch.randn(latents[at].shape, generator=rng)
+        velocity = transformer(diffuse(latents[at], noise, level), context, pooled[told], level.t.float(), return_dict=False)[0]
+        return (velocity - path.target(latents[at], noise, level)).square().mean()
+
+    train_parts(stage, STEPS[stage], LEARNING_RATE[stage], {"transformer": transformer}, target, loss)
 
 
 def measure(shared: Path, output: Path) -> None:
     """Every number that `docs/shapes-flow.md` states of the model, printed and written to `docs/`; and its picture."""
-    scorer, scenes = ShapesCLIP(shared / "scorer"), shapes.split()[1]
-    prompts = Prompts(tuple(map(shapes.caption, scenes)))
-    metrics: dict[str, Any] = {}
-    for guidance, steps in ((4.0, 20), (1.0, 10)):
-        began = time.perf_counter()
-        found = [shares(generate(output, prompts, steps, guidance, seed), prompts, scorer) for seed in range(NOISES)]
-        seconds = time.perf_counter() - began
-        metrics[f"guidance {guidance:g}, {steps} steps"] = {
-            name: {"mean": round(sum(d[name] for d in found) / NOISES, 4), "least": min(d[name] for d in found)} for name in found[0]
-        }
-    metrics["noises"] = NOISES
-    metrics["samples a second, guidance 1, 10 steps"] = round(NOISES * len(prompts) / seconds, 1)
-    metrics["threads"] = torch.get_num_threads()
+    pipe = load_pipeline(str(output))
+
+    def draw(prompts: Prompts, steps: int, guidance: float, seed: int) -> Tensor:
+        policy = StableDiffusion3.of(pipe, guidance_scale=guidance, max_sequence_length=1)
+        return sample(policy, list(prompts.text), steps=steps, seed=seed, batch_size=64)
+
+    prompts = Prompts(tuple(map(shapes.caption, shapes.split()[1])))
+    metrics = sampled(draw, prompts, ShapesCLIP(shared / "scorer"))
     metrics["MB"] = round(sum(f.stat().st_size for f in output.rglob("*") if f.is_file()) / 1e6, 2)
     text = json.dumps(metrics, indent=1)
     print(text, flush=True)
     Path("docs/shapes-flow-metrics.json").write_text(text + "\n")
+    picture(draw, Path("docs/images/shapes-flow.png"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--shared", type=Path, default=Path("diffalign/assets/shapes"), help="vae/, tokenizer/, text_encoder/, scorer/ of shapes")
+    parser.add_argument(
+        "--shared", type=Path, default=Path("diffalign/assets/shapes"), help="vae/, tokenizer/, text_encoder/, scorer/ of shapes"
+    )
+    parser.add_argument("--work", type=Path, default=Path("build/shapes-flow"), help="what is trained but not shipped")
     parser.add_argument("--output", type=Path, default=Path("diffalign/assets/shapes-flow"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for stage in args.stage:
-        if stage == "flow":
-            train_flow(args.shared, args.output, args.seed)
-        else:
-            measure(args.shared, args.output)
+        match stage:
+            case "flow":
+                train_flow(args.shared, args.work, args.seed)
+            case "fine":
+                train_fine(args.shared, args.work, args.output, args.seed)
+            case _:
+                measure(args.shared, args.output)
 
 
 if __name__ == "__main__":
