@@ -162,8 +162,8 @@ def build_parser(names: Names, prog: str = "diffalign train") -> ArgumentParser:
     reward, reward_fields = registry.find("rewards", names.reward) if names.reward else (None, {})
     for name, (kind, default, about) in parameters(reward).items():
         parser.add_argument(f"--reward.{name}", type=kind, default=default, help=about)
-    layered = _merge(registry.defaults_of(names.method), model_preset(names.pipeline, names.method))
-    layered = _merge(layered, {"method": {**layered.get("method", {}), **method_fields}})
+    layered = _merge(registry.defaults_of(names.method), {"method": method_fields})
+    layered = _merge(layered, model_preset(names.pipeline, names.method))
     layered["reward"] = {"name": names.reward, **reward_fields}
     parser.set_defaults(flat(layered))
     about = {f"{p.arg_name}": " ".join((p.description or "").split()) for p in docstring_parser.parse_from_object(Settings).params}

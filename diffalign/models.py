@@ -90,8 +90,9 @@ def load_pipeline(source: str, revision: str | None = None, dtype: torch.dtype =
     pipeline_class = class_named(sources.class_of(source, revision))
     where = sources.folder_of(source, revision, pipeline_class)
     try:
+        absent = dict.fromkeys(sources.absent(where))
         with quiet():
-            return pipeline_class.from_pretrained(str(where), dtype={"default": dtype, "vae": torch.float32})
+            return pipeline_class.from_pretrained(str(where), dtype={"default": dtype, "vae": torch.float32}, **absent)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"The model in {where} does not load: {reason} Fetch or save it again.") from error

@@ -125,7 +125,7 @@ UNSUITED = {
     "and refine its pictures as before.",
 }
 PROMPTS = {"animals": Path(__file__).parent / "assets" / "prompts" / "animals.txt"}  # the 45 of DDPO (arXiv 2305.13301)
-MODELS = {name: Path(__file__).parent / "assets" / name for name in ("shapes", "shapes-edit")}
+MODELS = {name: Path(__file__).parent / "assets" / name for name in ("shapes", "shapes-edit", "shapes-flow")}
 TABLES: dict[Kind, dict[str, Entry]] = {"methods": METHODS, "rewards": REWARDS, "pipelines": PIPELINES}
 
 

@@ -45,6 +45,11 @@ def check(folder: Path) -> None:
             _check_file(file, part, folder)
 
 
+def absent(folder: Path) -> list[str]:
+    """The parts that a pipeline was saved without, such as Stable Diffusion 3's T5: diffusers loads it so where it is told of each."""
+    return [part for part, entry in _index(folder / "model_index.json").items() if entry == [None, None]]
+
+
 def pickled(folder: Path) -> list[str]:
     """The parts of a pipeline whose weights are .bin files."""
     return [part for part, files in _parts(folder) if any(file.suffix == ".bin" for file in files)]

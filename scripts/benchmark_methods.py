@@ -1,6 +1,7 @@
 """Every method on `shapes`: Markdown tables, docs/benchmarks-methods*.json and three plots. Goes on where it was stopped.
 
     python scripts/benchmark_methods.py [--methods draft ddpo] [--seeds 0 1 2] [--output runs/benchmark-methods] [--docs docs]
+    python scripts/benchmark_methods.py --pipeline shapes-flow               the methods that this embedded model has settings for
     python scripts/benchmark_methods.py --reward shapes-clip --seconds 60 | --queries 2400
 
 As it stands each method trains with the settings that `shapes` brings along for it, on its own reward there: the gradient of shapes-clip,
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 import diffalign
 from diffalign import checkpoint, examples, registry
@@ -65,8 +67,9 @@ class Budget:
 
 @dataclass(frozen=True)
 class Trial:
-    """One training: a method, a reward, a seed, and the folder of pairs where the method wants data, with what they took."""
+    """One training: a model, a method, a reward, a seed, and the folder of pairs where the method wants data, with what they took."""
 
+    pipeline: str
     method: str
     reward: str
     seed: int
@@ -92,13 +95,19 @@ def needs_pairs(method: str) -> bool:
     return wants(method).data is not None and wants(method).data_role == "only"
 
 
-def make_pairs(folder: Path, reward: str, seed: int, count: int, prompts: list[str] | None = None) -> Path:
+def methods_of(pipeline: str) -> list[str]:
+    """The methods that an embedded model brings settings along for."""
+    chosen = yaml.safe_load(registry.MODELS[pipeline].with_suffix(".yaml").read_text())["methods"]
+    return [name for name in registry.METHODS if name in chosen]
+
+
+def make_pairs(pipeline: str, folder: Path, reward: str, seed: int, count: int, prompts: list[str] | None = None) -> Path:
     """Pairs of the base model, of the training prompts where none are given, and costs.json beside them."""
     if not (folder / "costs.json").exists():
-        diffalign.make_policy(resolve({}).settings, train=False)  # imports and files are read by now
+        diffalign.make_policy(resolve({"pipeline": pipeline}).settings, train=False)  # imports and files are read by now
         start = time.perf_counter()
         chosen = {"pairs": count, "seed": seed, "sample_steps": DENOISING_STEPS}
-        diffalign.make_pairs("shapes", reward=reward, output=folder, prompts=prompts, **chosen)
+        diffalign.make_pairs(pipeline, reward=reward, output=folder, prompts=prompts, **chosen)
         seconds = time.perf_counter() - start
         drawn = sum(len(json.loads(line)["scores"]) for line in (folder / "ranks.jsonl").read_text().splitlines())
         costs = {"reward_queries": drawn, "network_samples": drawn * DENOISING_STEPS, "seconds": seconds}
@@ -110,7 +119,7 @@ def accuracy_on_new_pairs(done: Run, trial: Trial) -> float:
     """The implicit accuracy on pairs of the held-out prompts: ten times as many as a run holds out of its own thousand."""
     assert trial.pairs is not None
     folder = trial.pairs.parents[1] / f"{trial.reward}-held-out-{NEW_PAIRS}" / f"seed-{trial.seed}"
-    make_pairs(folder, trial.reward, 1000 + trial.seed, NEW_PAIRS, list(map(text_of, done.read_prompts("heldout"))))
+    make_pairs(trial.pipeline, folder, trial.reward, 1000 + trial.seed, NEW_PAIRS, list(map(text_of, done.read_prompts("heldout"))))
     given: dict[str, Any] = {"reward": None, "limit": None, "skip": False, "seed": 0, "say": lambda text: None}  # pyright: ignore
     parts = examples.read(str(folder), "pairs", done.policy, **given)
     chosen = {"seed": trial.seed, "batch_size": 64}
@@ -121,7 +130,8 @@ def accuracy_on_new_pairs(done: Run, trial: Trial) -> float:
 def train(trial: Trial, folder: Path, **flags: Any) -> str | None:
     """Train in a process of its own, from the start or from where it was stopped; None, or why it failed."""
     given = {
-        "method": trial.method, "reward": trial.reward, "seed": trial.seed, "output": folder, "sample_steps": DENOISING_STEPS,
+        "pipeline": trial.pipeline, "method": trial.method, "reward": trial.reward, "seed": trial.seed, "output": folder,
+        "sample_steps": DENOISING_STEPS,
         "sample_every": 10**6, "eval_rewards": f"[{','.join(JUDGES)}]", **({"data": trial.pairs} if trial.pairs else {}), **flags,
     }  # fmt: skip
     arguments = [f"--{name}={value}" for name, value in given.items()]
@@ -137,7 +147,7 @@ def train(trial: Trial, folder: Path, **flags: Any) -> str | None:
 
 def steps_for(trial: Trial, budget: Budget, probes: Path) -> int | str:
     """Optimiser steps that the budget allows, by a probe where it has to be measured; or why the probe failed."""
-    preset = resolve({"method": trial.method}).settings.steps
+    preset = resolve({"method": trial.method, "pipeline": trial.pipeline}).settings.steps
     if budget.seconds is None and (budget.queries is None or trial.pairs):
         return preset
     probe = probes / trial.method
@@ -345,7 +355,8 @@ def portrait(records: Sequence[Mapping[str, Any]], file: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=registry.METHODS, default=list(registry.METHODS), metavar="NAME")
+    parser.add_argument("--pipeline", choices=("shapes", "shapes-flow"), default="shapes")
+    parser.add_argument("--methods", nargs="+", choices=registry.METHODS, metavar="NAME", help="by default those that it has settings for")
     parser.add_argument("--reward", choices=JUDGES, help="train on this, where it can be; by default on each method's own")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     budgets = parser.add_mutually_exclusive_group()
@@ -353,22 +364,25 @@ def main() -> int:
     budgets.add_argument("--queries", type=int, help="reward queries; methods on data spend them on pairs, and take their preset's steps")
     parser.add_argument("--pairs", type=int, help="of the methods on data: 1000; 384 with --seconds, and with --queries half of those")
     parser.add_argument("--points", type=int, default=4, help="held-out evaluations along a run")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-methods"))
+    parser.add_argument("--output", type=Path, help="by default runs/benchmark-methods, and of another model than shapes with its name")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of benchmarks-methods.json and images/methods-*.png")
     chosen = parser.parse_args()
     os.environ |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}  # here and in the runs' processes
     budget = Budget(chosen.seconds, chosen.queries)
     pairs = chosen.pairs or (chosen.queries // 2 if chosen.queries else 384 if chosen.seconds else 1000)
     records = list[dict[str, Any]]()
-    for seed, method in itertools.product(chosen.seeds, chosen.methods):
-        reward = chosen.reward or resolve({"method": method}).reward_name or JUDGES[0]
+    name = "methods" if chosen.pipeline == "shapes" else f"methods-{chosen.pipeline}"
+    output = chosen.output or Path("runs") / f"benchmark-{name}"
+    for seed, method in itertools.product(chosen.seeds, chosen.methods or methods_of(chosen.pipeline)):
+        reward = chosen.reward or resolve({"method": method, "pipeline": chosen.pipeline}).reward_name or JUDGES[0]
         if can_train(method, reward):
-            data = chosen.output / "pairs" / f"{reward}-{pairs}" / f"seed-{seed}"
-            folder = chosen.output / budget.name / reward / method / f"seed-{seed}"
-            trial = Trial(method, reward, seed, folder, make_pairs(data, reward, seed, pairs) if needs_pairs(method) else None)
-            records.append(run(trial, budget, chosen.output / "probes" / reward, chosen.points))
+            data = output / "pairs" / f"{reward}-{pairs}" / f"seed-{seed}"
+            folder = output / budget.name / reward / method / f"seed-{seed}"
+            made = make_pairs(chosen.pipeline, data, reward, seed, pairs) if needs_pairs(method) else None
+            trial = Trial(chosen.pipeline, method, reward, seed, folder, made)
+            records.append(run(trial, budget, output / "probes" / reward, chosen.points))
     check_base(records)
-    name = "methods" if budget.name == "preset" else f"methods-{budget.name}"
+    name = name if budget.name == "preset" else f"{name}-{budget.name}"
     done, rewards = [record for record in records if "failed" not in record], list(dict.fromkeys(r["reward"] for r in records))
     chosen.docs.mkdir(parents=True, exist_ok=True)
     about = {"budget": budget.name, "denoising_steps": DENOISING_STEPS, "threads": torch.get_num_threads(), "runs": records}
@@ -379,7 +393,7 @@ def main() -> int:
         print("\n".join(bars(done)))
         print("\n".join(["", *at_equal_reward(done)]))
         for method in dict.fromkeys(record["method"] for record in done):
-            portrait([r for r in done if r["method"] == method], chosen.docs / "images" / "methods" / f"{method}.png")
+            portrait([r for r in done if r["method"] == method], chosen.docs / "images" / name / f"{method}.png")
     for reward in rewards:
         print(f"\n### Trained on `{reward}`, {len(chosen.seeds)} seeds, budget: {budget.name}\n")
         print("\n".join(table(records, reward)))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from diffalign.types import Prompts
 
 SHARES = ("colour", "shape", "count", "background", "size", "all", "clean")
 
+Draw = Callable[[Prompts, int, float, int], Tensor]  # (prompts, steps, guidance, seed): pictures
 NOISES = 4  # each prompt is drawn from so many: a share of 512 pictures has a standard error of 0.015
 
 
@@ -80,6 +83,22 @@ def ranks(pictures: Tensor, scenes: list[shapes.Scene], scorer: ShapesCLIP) -> d
     return found
 
 
+def sampled(draw: Draw, prompts: Prompts, scorer: ShapesCLIP) -> dict[str, Any]:
+    """The shares of what a model draws, over several noises, with guidance and without; and how fast."""
+    metrics, seconds = dict[str, Any](), 0.0
+    for guidance, steps in ((4.0, 20), (1.0, 10)):
+        began = time.perf_counter()
+        found = [shares(draw(prompts, steps, guidance, seed), prompts, scorer) for seed in range(NOISES)]
+        seconds = time.perf_counter() - began
+        metrics[f"guidance {guidance:g}, {steps} steps"] = {
+            name: {"mean": round(sum(d[name] for d in found) / NOISES, 4), "least": min(d[name] for d in found)} for name in found[0]
+        }
+    metrics["noises"] = NOISES
+    metrics["samples a second, guidance 1, 10 steps"] = round(NOISES * len(prompts) / seconds, 1)
+    metrics["threads"] = torch.get_num_threads()
+    return metrics
+
+
 def evaluate(folder: Path, report: Path | None = None) -> dict[str, Any]:
     """Every number that `docs/shapes.md` states; printed, and written to `report`."""
     pipeline, scorer, scenes = load(folder), ShapesCLIP(folder / "scorer"), shapes.split()[1]
@@ -89,16 +108,7 @@ def evaluate(folder: Path, report: Path | None = None) -> dict[str, Any]:
         "drawn": shares(truth, prompts, scorer),
         "reconstructed": shares(reconstruct(pipeline, truth), prompts, scorer),
     }
-    for guidance, steps in ((4.0, 20), (1.0, 10)):
-        began = time.perf_counter()
-        drawn = [shares(generate(pipeline, prompts, steps, guidance, seed), prompts, scorer) for seed in range(NOISES)]
-        seconds = time.perf_counter() - began
-        metrics[f"guidance {guidance:g}, {steps} steps"] = {
-            name: {"mean": round(sum(d[name] for d in drawn) / NOISES, 4), "least": min(d[name] for d in drawn)} for name in drawn[0]
-        }
-    metrics["noises"] = NOISES
-    metrics["samples a second, guidance 1, 10 steps"] = round(NOISES * len(prompts) / seconds, 1)
-    metrics["threads"] = torch.get_num_threads()
+    metrics |= sampled(partial(generate, pipeline), prompts, scorer)
     metrics["scorer ranks right"] = ranks(truth, scenes, scorer)
     metrics["MB"] = round(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6, 2)
     text = json.dumps(metrics, indent=1)
@@ -108,8 +118,8 @@ def evaluate(folder: Path, report: Path | None = None) -> dict[str, Any]:
     return metrics
 
 
-def picture(folder: Path, path: Path, columns: int = 8) -> None:
-    """A grid: prompts, what they mean, and what the pipeline draws at guidance 1 and 4."""
+def picture(draw: Draw, path: Path, columns: int = 8) -> None:
+    """A grid: prompts, what they mean, and what a model draws at guidance 1 and 4."""
     import textwrap
 
     import matplotlib
@@ -117,12 +127,12 @@ def picture(folder: Path, path: Path, columns: int = 8) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pipeline, scenes = load(folder), shapes.split()[1][:: 512 // columns][:columns]
+    scenes = shapes.split()[1][:: 512 // columns][:columns]
     prompts = Prompts(tuple(map(shapes.caption, scenes)))
     rows = {
         "drawn": shapes.draw(scenes, Generator().manual_seed(1)),
-        "guidance 1, 10 steps": generate(pipeline, prompts, 10, 1.0, 2),
-        "guidance 4, 20 steps": generate(pipeline, prompts, 20, 4.0, 2),
+        "guidance 1, 10 steps": draw(prompts, 10, 1.0, 2),
+        "guidance 4, 20 steps": draw(prompts, 20, 4.0, 2),
     }
     figure, axes = pyplot.subplots(len(rows), columns, figsize=(1.25 * columns, 1.35 * len(rows)), layout="constrained")
     for i, (name, images) in enumerate(rows.items()):

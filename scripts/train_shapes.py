@@ -17,8 +17,9 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,30 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, rate: torch.optim.lr
     nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
     optimizer.step()
     rate.step()
+
+
+def train_parts(name: str, steps: int, lr: float, parts: Mapping[str, Any], target: Path, loss: Callable[[], Tensor]) -> None:
+    """Adam on `loss()` for so many steps; the moving average of the parts' weights is saved, as fp16, to `target`, under their names."""
+    from diffusers.training_utils import EMAModel
+
+    parameters = [p for part in parts.values() for p in part.parameters()]
+    average = EMAModel(parameters, decay=0.998, use_ema_warmup=True, power=0.75)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=1e-2)
+    rate, losses = schedule(optimizer, steps), 0.0
+    for step in progress(name, steps):
+        now = loss()
+        descend(now, optimizer, rate)
+        average.step(parameters)
+        losses += now.item()
+        if step % 100 == 99:
+            print(f"  loss {losses / 100:.4f}", flush=True)
+            losses = 0.0
+        if step % 1000 == 999 or step == steps - 1:
+            average.store(parameters)
+            average.copy_to(parameters)
+            for folder, module in parts.items():
+                copy.deepcopy(module).half().save_pretrained(target / folder)
+            average.restore(parameters)
 
 
 def make_tokenizer(texts: Sequence[str] = ()) -> Any:
@@ -219,7 +244,6 @@ def train_denoiser(name: str, shared: Path, target: Path, unet: Any, text: Any, 
     decided, and little for what the VAE's decoder does not see (Hang et al. 2023, arXiv:2303.09556).
     """
     from diffusers import AutoencoderKL
-    from diffusers.training_utils import EMAModel
     from transformers import CLIPTokenizer
 
     vae = AutoencoderKL.from_pretrained(shared / "vae", dtype=torch.float32)
@@ -231,11 +255,9 @@ def train_denoiser(name: str, shared: Path, target: Path, unet: Any, text: Any, 
     favourites = torch.tensor([i for i, scene in enumerate(drawn) if scene.colour == HABITS["colour"][0]])
     snr = noise_path.alphas_cumprod / (1 - noise_path.alphas_cumprod)
     weight = (1 + 1 / snr).clamp(max=40) * (5 / snr).clamp(max=1) if name != "unet" else torch.ones_like(snr)
-    parameters = [*unet.parameters(), *text.parameters()]
-    average = EMAModel(parameters, decay=0.998, use_ema_warmup=True, power=0.75)
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=1e-2)
-    rate, losses, batch = schedule(optimizer, STEPS[name]), 0.0, BATCH[name]
-    for step in progress(name, STEPS[name]):
+    batch = BATCH[name]
+
+    def loss() -> Tensor:
         at = torch.randint(len(asked), (batch,), generator=rng)
         heard = torch.rand(batch, generator=rng) >= (0.3 if name == "guidance" else 0.1)
         if name == "guidance":
@@ -246,19 +268,9 @@ def train_denoiser(name: str, shared: Path, target: Path, unet: Any, text: Any, 
         x_t = noise_path.add_noise(latents[at], noise, t).contiguous(memory_format=torch.channels_last)
         words = text(tokens(tokenizer, [asked[i] for i in at.tolist()], heard)).last_hidden_state
         error = (unet(x_t, t, words).sample - noise).square().mean((1, 2, 3))
-        loss = (error * weight[t]).mean()
-        descend(loss, optimizer, rate)
-        average.step(parameters)
-        losses += loss.item()
-        if step % 100 == 99:
-            print(f"  loss {losses / 100:.4f}", flush=True)
-            losses = 0.0
-        if step % 1000 == 999 or step == STEPS[name] - 1:
-            average.store(parameters)
-            average.copy_to(parameters)
-            for part, module in (("unet", unet), ("text_encoder", text)):
-                copy.deepcopy(module).half().save_pretrained(target / part)
-            average.restore(parameters)
+        return (error * weight[t]).mean()
+
+    train_parts(name, STEPS[name], lr, {"unet": unet, "text_encoder": text}, target, loss)
 
 
 def scheduler() -> Any:
@@ -340,6 +352,11 @@ def assemble(output: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    ship(pipeline, output)
+
+
+def ship(pipeline: Any, output: Path) -> None:
+    """The pipeline's folder as it is shipped, and the prompts."""
     pipeline.save_pretrained(output)
     for file in output.rglob("config.json"):  # diffusers writes down where the parts were loaded from
         config = json.loads(file.read_text())
@@ -368,10 +385,10 @@ def progress(name: str, steps: int) -> Iterator[int]:
 
 def measure(_work: Path, output: Path, _seed: int) -> None:
     """Writes the acceptance table and a picture to `docs/`."""
-    from evaluate_shapes import evaluate, picture
+    from evaluate_shapes import evaluate, generate, load, picture
 
     evaluate(output, Path("docs/shapes-metrics.json"))
-    picture(output, Path("docs/images/shapes.png"))
+    picture(partial(generate, load(output)), Path("docs/images/shapes.png"))
 
 
 STAGES = {

@@ -13,7 +13,6 @@ the source's latents, with weights of zero. The VAE is that of `shapes`. The tex
 from __future__ import annotations
 
 import argparse
-import copy
 import io
 import json
 import time
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
-from train_shapes import TOKENS, descend, make_tokenizer, progress, schedule, scheduler, start, text_config
+from train_shapes import TOKENS, make_tokenizer, scheduler, start, text_config, train_parts
 
 from diffalign import edits, shapes
 from diffalign.data import PicturePrompt, batch_of, read_prompts, write_file
@@ -161,10 +160,9 @@ def train_denoiser(name: str, shared: Path, target: Path, unet: Any, text: Any, 
     The loss is weighted by min(1 + 1 / SNR, 40) min(1, 5 / SNR), as in the last stages of `shapes`.
     """
     from diffusers import AutoencoderKL
-    from diffusers.training_utils import EMAModel
 
     vae = AutoencoderKL.from_pretrained(shared / "vae", dtype=torch.float32)
-    train, held, pairs, steps = edits.split()[0], set(shapes.split()[1]), PAIRS[name], STEPS[name]
+    train, held, pairs = edits.split()[0], set(shapes.split()[1]), PAIRS[name]
     asked = [train[i] for i in torch.randint(len(train), (pairs,), generator=rng).tolist()]
     pictures = [
         edits.draw(part, rng, [habitual(edit, held, rng) for edit in part]) for part in (asked[i : i + 500] for i in range(0, pairs, 500))
@@ -180,11 +178,8 @@ def train_denoiser(name: str, shared: Path, target: Path, unet: Any, text: Any, 
     noise_path = scheduler()
     snr = noise_path.alphas_cumprod / (1 - noise_path.alphas_cumprod)
     weight = (1 + 1 / snr).clamp(max=40) * (5 / snr).clamp(max=1)
-    parameters = [*unet.parameters(), *text.parameters()]
-    average = EMAModel(parameters, decay=0.998, use_ema_warmup=True, power=0.75)
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE[name], betas=(0.9, 0.98), weight_decay=1e-2)
-    rate, losses = schedule(optimizer, steps), 0.0
-    for step in progress(name, steps):
+
+    def loss() -> Tensor:
         at = torch.randint(pairs, (BATCH,), generator=rng)
         u, graded = torch.rand(BATCH, generator=rng), torch.rand(BATCH, generator=rng) < GRADED[name]
         named, level = torch.rand(BATCH, generator=rng) < 0.5, torch.randint(len(WORDS), (BATCH,), generator=rng)
@@ -200,19 +195,9 @@ def train_denoiser(name: str, shared: Path, target: Path, unet: Any, text: Any, 
         source = torch.where(blind[:, None, None, None], 0.0, sources[at])
         x_t = torch.cat([noise_path.add_noise(latents[at], noise, t), source], 1).contiguous(memory_format=torch.channels_last)
         error = (unet(x_t, t, text(tokens(tokenizer, texts)).last_hidden_state).sample - noise).square().mean((1, 2, 3))
-        loss = (error * weight[t]).mean()
-        descend(loss, optimizer, rate)
-        average.step(parameters)
-        losses += loss.item()
-        if step % 100 == 99:
-            print(f"  loss {losses / 100:.4f}", flush=True)
-            losses = 0.0
-        if step % 1000 == 999 or step == steps - 1:
-            average.store(parameters)
-            average.copy_to(parameters)
-            for part, module in (("unet", unet), ("text_encoder", text)):
-                copy.deepcopy(module).half().save_pretrained(target / part)
-            average.restore(parameters)
+        return (error * weight[t]).mean()
+
+    train_parts(name, STEPS[name], LEARNING_RATE[name], {"unet": unet, "text_encoder": text}, target, loss)
 
 
 def assemble(shared: Path, output: Path) -> None:
