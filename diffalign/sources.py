@@ -14,7 +14,7 @@ from diffalign.errors import InputError
 DIFFUSERS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # in the order in which each library looks for them
 TRANSFORMERS = ("model.safetensors", "pytorch_model.bin")
 NAMES = {"diffusers": DIFFUSERS, "transformers": TRANSFORMERS}  # a class that comes with a pipeline may be either's
-WEIGHTLESS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "FeatureExtractor")
+WEIGHTLESS = ("Scheduler", "Tokenizer", "Processor", "FeatureExtractor")
 
 
 def class_of(source: str, revision: str | None = None) -> str:
@@ -80,8 +80,10 @@ def _parts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
         if part.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or None in entry:
             continue
         library, name = entry
-        if not str(name).endswith(WEIGHTLESS):
-            yield part, _files(folder / part, NAMES.get(library, (*TRANSFORMERS, *DIFFUSERS)))
+        # networks write a config.json, and other parts files of other names; a folder that is not there at all is told by its class
+        if any(word in str(name) for word in WEIGHTLESS) or ((folder / part).is_dir() and not (folder / part / "config.json").is_file()):
+            continue
+        yield part, _files(folder / part, NAMES.get(library, (*TRANSFORMERS, *DIFFUSERS)))
 
 
 def _files(folder: Path, names: Sequence[str]) -> list[Path]:

@@ -15,6 +15,8 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import tiny
+import tiny_flow
 import torch
 from huggingface_hub import errors
 from parity import own_pictures, pictures, policy_of
@@ -146,6 +148,19 @@ def test_a_whole_model_passes_in_one_file_and_in_shards(model: Path):
     sources.check(in_shards(model))
     assert sources.pickled(model) == []
     assert torch.equal(own_pictures(policy_of(load_pipeline(str(model)))), expected)
+
+
+def test_parts_without_weights_are_not_asked_for_any(tmp_path: Path):
+    tiny.checked().save_pretrained(tmp_path)
+    assert (tmp_path / "feature_extractor").is_dir()
+    sources.check(tmp_path)
+    (tmp_path / "safety_checker" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"safety_checker/model.safetensors is missing"):
+        sources.check(tmp_path)
+    for make in (tiny_flow.sd3, lambda: tiny_flow.sd3(t5=False), tiny_flow.flux, *tiny.FAMILIES.values()):
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        make().save_pretrained(folder)
+        sources.check(folder)
 
 
 def cut(file: Path) -> None:
