@@ -16,7 +16,6 @@ from typing import Any
 import huggingface_hub
 import pytest
 import tiny
-import tiny_flow
 import torch
 from huggingface_hub import errors
 from parity import own_pictures, pictures, policy_of
@@ -157,7 +156,7 @@ def test_parts_without_weights_are_not_asked_for_any(tmp_path: Path):
     (tmp_path / "safety_checker" / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"safety_checker/model.safetensors is missing"):
         sources.check(tmp_path)
-    for make in (tiny_flow.sd3, lambda: tiny_flow.sd3(t5=False), tiny_flow.flux, *tiny.FAMILIES.values()):
+    for make in (tiny.sd3, lambda: tiny.sd3(t5=False), tiny.flux, *tiny.FAMILIES.values()):
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         make().save_pretrained(folder)
         sources.check(folder)
