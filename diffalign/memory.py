@@ -129,6 +129,10 @@ class Trial:
     examples: Source | None = None
 
     @property
+    def device(self) -> torch.device:
+        return next(self.policy.module.parameters()).device
+
+    @property
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.policy.module.parameters() if p.requires_grad]
 
@@ -175,7 +179,7 @@ class Trial:
 
     def peak(self, size: int) -> float | None:
         """Bytes of all tensors on the device, at the highest, in a step of `size` samples and in decoding as many."""
-        with highest(self.policy.module.device) as reading:
+        with highest(self.device) as reading:
             if self.step(size) is None:
                 return None
             with torch.no_grad():

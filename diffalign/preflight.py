@@ -42,7 +42,7 @@ def preflight(plan: Plan, policy: Any, prompts: list[Prompt], examples: Source |
     yield _ratio(policy, batch)
     if plan.reward is not None:
         yield _variance(plan, policy, batch)
-    with taken(policy.module.device) as took:
+    with taken(trial.device) as took:
         gradients = trial.step(size)
     if gradients is None:
         yield Finding("gradient", False, "no two samples of a prompt differ in reward: there is nothing to learn in this round")
