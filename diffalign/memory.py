@@ -40,7 +40,8 @@ class Living(TorchDispatchMode):
         self.storages: dict[int, weakref.ref[Any]] = {}
         gc.collect()
         for thing in gc.get_objects():
-            if issubclass(type(thing), Tensor):  # the type: asking some lazy modules for their class loads them
+            # by the type: asking some lazy modules for their class loads them. Others hold no memory of their own, as torch.compile's fakes
+            if type(thing) in (Tensor, nn.Parameter):
                 self.count(thing)
 
     def count(self, tensor: Tensor) -> None:
