@@ -78,7 +78,8 @@ class Plan:
         """
         assert is_dataclass(self.method)
         settings = asdict(self.settings)
-        settings |= {name: _absolute(settings[name]) for name in ("prompts", "eval_prompts", "data")}
+        settings["data"] = _absolute(self.settings.data)
+        settings |= {n: _absolute(settings[n]) for n in ("prompts", "eval_prompts") if settings[n] not in registry.PROMPTS}
         if Path(self.settings.pipeline).expanduser().is_dir():  # else a Hub id
             settings["pipeline"] = _absolute(self.settings.pipeline)
         if self.settings.eval_rewards is not None:
@@ -95,7 +96,7 @@ class Plan:
 
 def _absolute(source: str | None) -> str | None:
     """A file or folder from the root; None, names, and what is on the Hub as they are."""
-    if source is None or source in (*registry.MODELS, *registry.PROMPTS, LIVE) or source.startswith("hf:"):
+    if source is None or source in (*registry.MODELS, LIVE) or source.startswith("hf:"):
         return source
     return str(Path(source).expanduser().absolute())
 

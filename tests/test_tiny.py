@@ -193,6 +193,8 @@ def test_the_animals_and_lists_in_json(tmp_path: Path) -> None:
     assert len(animals) == len(set(animals)) == 45
     assert animals[:3] == ["cat", "dog", "horse"]
     assert animals == read_prompts("animals", "heldout")
+    config = resolve({"prompts": "animals", "data": "animals", "method": "refl"}).config()
+    assert (config["prompts"], config["data"]) == ("animals", str(Path("animals").absolute()))  # a list, and a folder of that name
     file = tmp_path / "p.json"
     file.write_text('["a dog", {"prompt": " a cat "}]')
     assert read_prompts(str(file)) == ["a dog", "a cat"]
