@@ -58,7 +58,7 @@ def test_the_class_that_is_named_is_held_against_the_models_own(files: Path, tmp
     ("given", "says"),
     [
         ({"pipeline_class": "StableDifusionPipeline"}, "has no adapter. Did you mean 'StableDiffusionPipeline'"),
-        ({}, "could not be fetched"),  # without a class the index is asked, and there is no network
+        ({}, "is not on this machine"),  # without a class the index is asked, and there is no network
     ],
 )
 def test_a_class_that_is_wrong_or_cannot_be_known(given: dict[str, Any], says: str) -> None:
