@@ -245,6 +245,12 @@ def check_needs(plan: Plan) -> None:
             f"memory_budget: {plan.method_name} does not take its batch in smaller ones (its loss is of the whole batch, or it does not "
             "say that it can): drop --memory-budget, and lower --batch-size yourself. diffalign check says what a step takes."
         )
+    if plan.settings.fsdp and not needs.in_step:
+        able = [n for n in registry.METHODS if registry.find("methods", n)[0].needs.in_step]
+        raise InputError(
+            f"fsdp: with {plan.method_name} one process may call the network more often than another, and would wait for it for ever: drop "
+            f"--fsdp, or take one of {', '.join(able)}."
+        )
     instead = needs.data_role == "instead" and needs.data is not None
     if needs.reward and plan.reward is None and not (instead and plan.settings.data):
         others = f" Or it takes, instead, {DATA[needs.data]}." if instead and needs.data else ""

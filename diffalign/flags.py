@@ -19,7 +19,7 @@ from diffalign.errors import InputError, nearest
 GROUPS = ("method", "reward", "lora")  # of settings, each with names of its own
 MEANT_EMPTY = ("negative_prompt",)  # another thing than none
 LISTS = ("--eval_rewards", "--log", "--lora.target_modules", "--betas", "--original_size", "--crops_coords_top_left", "--target_size")
-SWITCHES = ("--full", "--tiny", "--trajectories", "--method.checkpointing", "--method.reference_free")
+SWITCHES = ("--full", "--fsdp", "--tiny", "--trajectories", "--method.checkpointing", "--method.reference_free")
 
 
 def normal(arguments: list[str]) -> list[str]:
@@ -67,7 +67,7 @@ def help_of(parser: ArgumentParser) -> str:
     text = re.sub(r"^  --lora CONFIG .*\n", "", text, flags=re.MULTILINE)
     text = re.sub(r", --[\w.]+\+ \w+", "", text)
     text = re.sub(r"--[\w.]+", lambda m: m[0].replace("_", "-"), text)
-    return text.replace("--full {true,false}", "--full").replace("--tiny {true,false}", "--tiny")
+    return re.sub(r"--(full|fsdp|tiny) {true,false}", r"--\1", text)
 
 
 def parameters(thing: Any) -> dict[str, tuple[Any, Any, str]]:

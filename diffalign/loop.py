@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from diffalign import fsdp
 from diffalign.contract import CheckedReward
 from diffalign.data import Source, Stream
 from diffalign.errors import InputError
@@ -52,13 +53,14 @@ class Training:
     batch_size: int  # of all processes together
     examples: Stream | None = None  # of a method that trains on prompts and takes data besides
     costs: Costs = field(default_factory=Costs)
+    sharded: bool = False  # each process has a part of every parameter, of its gradient and of what is kept of it
 
     def anywhere(self, here: bool) -> bool:
         """Whether it is true in any process."""
         return any(all_of(here))
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds, the same in every process, all of which must call.
+        """What a checkpoint holds, the same in every process, all of which must call; where they share it out, whole in the first one.
 
         Raises InputError where their generators have come out of step.
         """
@@ -67,7 +69,7 @@ class Training:
             raise InputError("The processes have drawn differently: what a method draws must not depend on a process's own samples.")
         average = self.average and {"weights": self.average.shadow_params, "steps": self.average.optimization_step}
         scaler = self.accelerator.scaler
-        return {
+        state = {
             "step": self.context.step,
             "costs": asdict(self.costs),
             "parameters": self.parameters,
@@ -81,6 +83,7 @@ class Training:
             "examples": self.examples and self.examples.state(),
             "memory": self.context.memory,
         }
+        return fsdp.whole(state) if self.sharded else state
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -89,12 +92,13 @@ class Training:
         if {n: p.shape for n, p in self.parameters.items()} != {n: p.shape for n, p in saved.items()}:
             raise InputError("The checkpoint's weights do not fit this model: was it made with another base model or LoRA?")
         for name, parameter in self.parameters.items():
-            parameter.copy_(saved[name])
-        self.optimizer.load_state_dict(state["optimizer"])
+            parameter.copy_(self._own(saved[name], parameter))
+        self.optimizer.load_state_dict(self._own_states(state["optimizer"]))
         self.schedule.load_state_dict(state["schedule"])
         if self.average is not None:
             device = next(iter(self.parameters.values())).device
-            self.average.shadow_params = [w.to(device) for w in state["average"]["weights"]]
+            pairs = zip(state["average"]["weights"], self.parameters.values(), strict=True)
+            self.average.shadow_params = [self._own(w.to(device), parameter) for w, parameter in pairs]
             self.average.optimization_step = state["average"]["steps"]
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -104,6 +108,15 @@ class Training:
             self.examples.restore(state["examples"])
         self.context.memory.update(state["memory"])
         self.context.step, self.costs = state["step"], Costs(**state["costs"])
+
+    def _own(self, x: Any, parameter: Tensor) -> Any:
+        """What this process has of a value that is kept for a parameter: of a tensor of its shape its part, where that is shared out."""
+        return fsdp.part(x, parameter) if self.sharded and isinstance(x, Tensor) and x.shape == parameter.shape else x
+
+    def _own_states(self, optimizer: Mapping[str, Any]) -> dict[str, Any]:
+        parameters = list(self.parameters.values())
+        states = {i: {name: self._own(x, parameters[i]) for name, x in state.items()} for i, state in optimizer["state"].items()}
+        return {**optimizer, "state": states}
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -144,6 +157,7 @@ def prepare(policy: Policy, settings: Settings, source: Source, accelerator: Any
         main,
         settings.batch_size * processes.count,
         side,
+        sharded=settings.fsdp,
     )
 
 
@@ -234,8 +248,10 @@ def _backward(training: Training, loss: Loss, settings: Settings, sums: dict[str
 def _step(training: Training, settings: Settings) -> float:
     """Average the gradients over the processes, clip, step; the gradient's norm before clipping."""
     accelerator, parameters = training.accelerator, list(training.parameters.values())
-    average_gradients(parameters, accelerator)
-    norm = float(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm))
+    if not training.sharded:  # where they are, the backward pass has averaged them
+        average_gradients(parameters, accelerator)
+    norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+    norm = float(norm.full_tensor() if training.sharded else norm)
     if not math.isfinite(norm) and accelerator.scaler is None:  # a scaler skips such a step, and scales less
         raise InputError(f"The gradient of step {training.context.step + 1} is not finite: lower --learning-rate, or use fp32.")
     training.optimizer.step()

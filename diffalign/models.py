@@ -182,9 +182,16 @@ def _own_options(adapter: Any, settings: Settings, name: str) -> dict[str, Any]:
     return {option: vars(settings)[option] for option in OPTIONS if option in taken}
 
 
-def prepare_to_train(policy: Any, settings: Settings) -> Any:
-    """The policy with its LoRA attached, or its weights set free."""
-    if settings.full:
+def prepare_to_train(policy: Any, settings: Settings, mesh: Any = None) -> Any:
+    """The policy with its LoRA attached, or its weights set free; on a `mesh` of processes these are shared out.
+
+    Raises InputError for a policy that cannot do so.
+    """
+    if mesh is not None:
+        if "mesh" not in inspect.signature(policy.unfreeze).parameters:
+            raise InputError(f"fsdp: the adapter of {type(policy.pipe).__name__} does not share its network out. Drop --fsdp.")
+        policy.unfreeze(mesh)
+    elif settings.full:
         policy.unfreeze()
     else:
         policy.adapt(settings.lora, settings.seed)

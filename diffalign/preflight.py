@@ -35,6 +35,8 @@ def preflight(plan: Plan, policy: Any, prompts: list[Prompt], examples: Source |
     size = plan.settings.batch_size
     batch = batch_of((prompts * size)[:size], policy)
     yield from (Finding("pipeline", None, note) for note in vars(policy).get("notes", ()))
+    if plan.settings.fsdp:
+        yield Finding("fsdp", None, "one process works here, with the whole network: what is said of memory is of that")
     yield _batch_plan(plan, len(prompts))
     line = expected(trial)
     yield Finding("memory", None, "no estimate: few samples do not differ in reward" if line is None else in_words(trial, line))

@@ -56,6 +56,11 @@ def make_accelerator(settings: Settings) -> Any:
     count = started()
     if count > 1 and settings.device is not None and ":" in settings.device:
         raise InputError(f"device is {settings.device}, and {count} processes were started: each takes its own, so leave the number out.")
+    if settings.fsdp and count == 1:
+        raise InputError(
+            "fsdp shares the network out among processes, and this is one: start 2 or more with torchrun, or drop --fsdp. (To resume a run "
+            "without it, write fsdp: false into its config.yaml.)"
+        )
     # accelerate has one precision for the whole process and no public way to another one; this is what its own tests use. Without it a
     # second training with another precision, or one in a script that has an Accelerator of its own, is refused.
     AcceleratorState._reset_state()
@@ -72,6 +77,15 @@ def make_accelerator(settings: Settings) -> Any:
             "with torchrun, on GPUs or with --device cpu."
         )
     return accelerator
+
+
+def mesh_of(settings: Settings) -> Any:
+    """All the processes in a row, for `diffalign.fsdp`; None where nothing is shared out."""
+    if not settings.fsdp:
+        return None
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device_of(settings).type, (started(),))
 
 
 def all_of(value: T) -> list[T]:

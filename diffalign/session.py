@@ -26,7 +26,7 @@ from diffalign.inputs import Data, check_reward, eval_rewards, given_prompts, op
 from diffalign.loop import Training, prepare, train
 from diffalign.memory import Trial, within_budget
 from diffalign.models import adapter_of, class_of, make_policy, prepare_to_train
-from diffalign.processes import failed_before, least_of_all, make_accelerator, one_for_all
+from diffalign.processes import failed_before, least_of_all, make_accelerator, mesh_of, one_for_all
 from diffalign.report import curve
 from diffalign.run import Run
 from diffalign.settings import LIVE
@@ -52,6 +52,8 @@ def start(
     """Train a plan from its beginning, in a new run folder. Lists given here stand for the settings' files."""
     check_needs(plan)
     settings = plan.settings
+    if settings.fsdp and live is not None:
+        raise InputError("fsdp: a live pipeline would be left in parts. Give its folder or Hub id, or leave fsdp out.")
     if settings.tiny and live is not None:
         raise InputError("tiny: a live pipeline has no twin. Give its folder or Hub id, or leave tiny out.")
     adapter_of(class_of(settings, live))
@@ -72,7 +74,7 @@ def start(
     check_reward(plan, policy, train_prompts)
     for steps in {plan.sample_steps, vars(plan.method).get("inference_steps", plan.sample_steps)}:
         policy.path.schedule(steps)
-    prepare_to_train(policy, settings)
+    prepare_to_train(policy, settings, mesh_of(settings))
     if settings.memory_budget is not None:  # before the settings are recorded: a resumed run has the same batches
         plan, found = within_budget(Trial(plan, policy, train_prompts, data[0] if data else None), least_of_all)
         say(f"Memory budget {found}")
@@ -104,7 +106,7 @@ def resume(path: str | Path, steps: int | None = None, pipe: Any = None, reward:
     rewards = eval_rewards(plan)
     policy = make_policy(plan.settings, pipe, train=False)
     data = open_data(plan, policy, accelerator)
-    prepare_to_train(policy, plan.settings)
+    prepare_to_train(policy, plan.settings, mesh_of(plan.settings))
     if steps is not None and steps < state["step"]:
         raise InputError(f"{run.path} is at step {state['step']} already: give --steps {state['step']} or more.")
     with run.alone() if accelerator.is_main_process else nullcontext():  # before anything in the folder is touched
@@ -153,7 +155,7 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
     try:
         _steps(plan, run, policy, training, shown)
     except InputError as error:
-        if training.context.step == 0 or not main:
+        if training.context.step == 0 or not main or settings.fsdp:  # to gather weights takes all processes, and one has failed
             raise
         with training.averaged(), suppress(OSError, SafetensorError):  # the disk itself may be the trouble
             run.save_weights(policy)
@@ -161,16 +163,19 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
         raise
     if training.average is not None:  # what is saved is what the pipeline now holds; the last checkpoint has the raw weights
         training.average.copy_to(training.parameters.values())
-    if main:
-        run.save_weights(policy)
-        if settings.eval_size and (rewards or data):
-            chosen, picture = held_out[: settings.eval_size], run.path / "samples" / "before-after.png"
-            try:
-                results = evaluate_into(plan, policy, rewards, chosen, settings.seed + 1, run.path / "eval.json", picture, data)
-            except KeyboardInterrupt:
-                say(f"The weights are saved. Evaluate them: diffalign eval {run.path}")
-                raise
+    with policy.whole() if settings.fsdp else nullcontext():
+        if main:
+            run.save_weights(policy)
+    if (main or settings.fsdp) and settings.eval_size and (rewards or data):
+        chosen, picture = held_out[: settings.eval_size], run.path / "samples" / "before-after.png"
+        try:
+            results = evaluate_into(plan, policy, rewards, chosen, settings.seed + 1, run.path / "eval.json", picture, data, write=main)
+        except KeyboardInterrupt:
+            say(f"The weights are saved. Evaluate them: diffalign eval {run.path}")
+            raise
+        if main:
             console.print(comparison(results))
+    if main:
         run.save_picture("curve.png", curve({run.path.name: run.metrics}))
         say(f'Run: {run.path}   Again: diffalign sample {run.path} --prompt "{text_of(shown[0])}"')
     for tracker in accelerator.trackers:
@@ -185,13 +190,15 @@ def _steps(plan: Plan, run: Run, policy: Any, training: Training, shown: list[Pr
     """Take the steps that are left; rows, pictures and checkpoints as they fall due."""
     settings, accelerator, reward = plan.settings, training.accelerator, plan.reward
     main, picture_every = accelerator.is_main_process, settings.sample_every or max(1, settings.steps // 4)
+    samples = main or settings.fsdp  # a network that is shared out works in all processes, or in none
 
     def pictures() -> None:
         with training.averaged():
             suffix = plan.suffix if training.context.step else ""
             images = sample(policy, shown, steps=plan.sample_steps, seed=settings.seed, batch_size=settings.batch_size, suffix=suffix)
         step = training.context.step
-        run.save_picture(f"samples/step-{step:06d}.png", sheet([(f"step {step}", images)], shown))
+        if main:
+            run.save_picture(f"samples/step-{step:06d}.png", sheet([(f"step {step}", images)], shown))
 
     def checkpoint() -> None:
         state = training.state()  # of all processes
@@ -200,7 +207,7 @@ def _steps(plan: Plan, run: Run, policy: Any, training: Training, shown: list[Pr
         accelerator.wait_for_everyone()  # the launcher ends them all once one has stopped
 
     if training.context.step == 0:
-        if main:
+        if samples:
             pictures()
         checkpoint()
     due = False
@@ -210,8 +217,8 @@ def _steps(plan: Plan, run: Run, policy: Any, training: Training, shown: list[Pr
             if main:
                 run.append_metrics(row.metrics)
                 accelerator.log(row.metrics, step=row.step)
-                if row.step % picture_every == 0 or row.step == settings.steps:
-                    pictures()
+            if samples and (row.step % picture_every == 0 or row.step == settings.steps):
+                pictures()
             due = due or row.step % settings.checkpoint_every == 0 or row.step == settings.steps
             stop = training.anywhere(bool(caught))
             if row.boundary and (due or stop):
@@ -231,10 +238,11 @@ def evaluate_into(
     picture: Path,
     data: Data = None,
     pairs: Any = None,
+    write: bool = True,
 ) -> dict[str, Any]:
     """Compare the policy with its base model, and write what `evaluate` found to `output` and the pictures to `picture`.
 
-    `pairs` is what was measured on the data before, and stays.
+    `pairs` is what was measured on the data before, and stays. Where all processes work on one network, the first is to `write`.
     """
     chosen = {"steps": plan.sample_steps, "seed": seed, "batch_size": plan.settings.batch_size}
     results, before, after = evaluate(policy, rewards, prompts, suffix=plan.suffix, **chosen)
@@ -243,6 +251,8 @@ def evaluate_into(
         accuracy = implicit_accuracy(policy, held, seed=seed, batch_size=plan.settings.batch_size)
         pairs = {"count": len(held), "implicit_accuracy": accuracy}
     results |= {"pairs": pairs} if pairs else {}
+    if not write:
+        return results
     with whole(output) as draft:
         draft.write_text(json.dumps(results, indent=2) + "\n")
     side_by_side = sheet([("before", before[:PICTURES]), ("after", after[:PICTURES])], prompts[:PICTURES])
@@ -265,7 +275,7 @@ def _fresh_name(plan: Plan) -> Path:
 def _in_words(plan: Plan, prompts: list[Prompt], training: Training, run: Run) -> str:
     s, count = plan.settings, training.context.processes.count
     size = sum(p.numel() for p in training.parameters.values())
-    what = "all weights" if s.full else f"a LoRA of rank {s.lora.rank}"
+    what = f"all weights{', shared out' * s.fsdp}" if s.full else f"a LoRA of rank {s.lora.rank}"
     source = training.stream.source
     seen = f"{plan.reward_name}: {len(prompts)} prompts" if isinstance(source, PromptList) else f"{s.data}: {len(source):,} examples"
     return (

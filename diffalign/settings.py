@@ -80,6 +80,8 @@ class Settings:
     """torch.compile of the network, which takes minutes at the first steps."""
     full: bool = False
     """Train all of the network instead of a LoRA."""
+    fsdp: bool = False
+    """With full: the processes of torchrun share the network out, with its gradients and the optimiser's states."""
     lora: LoRA = field(default_factory=LoRA)
     steps: int = 100
     """Optimiser steps."""
@@ -150,3 +152,15 @@ class Settings:
             raise InputError(f"batch_size is {self.batch_size}: give at most 65536, and raise accumulate.")
         if self.full and self.lora.init:
             raise InputError("full and lora.init: a run trains all the weights, or a LoRA that it continues. Drop one.")
+        if self.fsdp and not self.full:
+            raise InputError("fsdp shares out all the weights of a network that trains, and a LoRA is small: add --full, or drop --fsdp.")
+        unfit = {
+            "precision fp16": self.precision == "fp16",
+            "optimizer adamw8bit": self.optimizer == "adamw8bit",
+            "channels_last": self.channels_last,
+            "compile": self.compile,
+            "memory_budget": self.memory_budget is not None,
+        }
+        for name, is_set in unfit.items():
+            if self.fsdp and is_set:
+                raise InputError(f"fsdp and {name} do not go together: drop one{', or use bf16' * (name == 'precision fp16')}.")

@@ -199,7 +199,8 @@ class Needs:
 
     `data_role` says what the data is to it: it trains on data `only`; where some is given, `besides` prompts and a reward; or `instead`
     of them. `split_by` are its fields that count batches, or `accumulate`: when batches are made n times smaller, an optimiser step is
-    the same with n times as many. Empty where it is not, or nobody says so.
+    the same with n times as many. Empty where it is not, or nobody says so. `in_step`: every process calls the network equally often, with
+    and without a gradient, whatever its samples are: what weights that are shared out (`--fsdp`) want.
     """
 
     reward: bool = True
@@ -208,6 +209,7 @@ class Needs:
     data_role: Literal["only", "besides", "instead"] = "only"
     modality: Modality | None = None
     split_by: tuple[str, ...] = ()
+    in_step: bool = False
 
 
 class Processes(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from diffalign import lora
+from diffalign import fsdp, lora
 from diffalign.cache import Shelf, TextCache, fingerprint
 from diffalign.errors import InputError
 from diffalign.noise import draw_noise
@@ -50,7 +51,7 @@ class LatentPolicy:
     of a text where it can be chosen. The network computes in `dtype`, and came in `arrived`. `notes` are what a person should be told.
 
     The VAE works on at most `vae_batch_size` samples at a time; where it has a `vae_home`, it lives there and comes to work. `undo` is
-    what a release takes back of the pipeline.
+    what a release takes back of the pipeline. Of a network that is shared out among processes `plain` is the skeleton.
     """
 
     pipe: Any
@@ -79,6 +80,7 @@ class LatentPolicy:
     vae_home: torch.device | None = None
     undo: ExitStack = field(default_factory=ExitStack, repr=False)
     frozen: Any = field(default=None, repr=False)
+    plain: Any = field(default=None, repr=False)
 
     @property
     def modality(self) -> Modality:
@@ -93,10 +95,35 @@ class LatentPolicy:
         """Put a trainable LoRA on the network."""
         lora.attach(self.pipe, self.component, settings, self.lora_targets, seed)
 
-    def unfreeze(self) -> None:
-        """Train every weight of the network, in fp32; a frozen copy stays behind as the reference."""
-        self.frozen = frozen_copy(self.module)
+    def unfreeze(self, mesh: Any = None) -> None:
+        """Train every weight of the network, in fp32; a frozen copy stays behind as the reference.
+
+        On a `mesh` of processes both are shared out: from now on all processes call them equally often.
+        """
+        if mesh is None:
+            self.frozen = frozen_copy(self.module)
+            self.module.float().requires_grad_(True)
+            return
         self.module.float().requires_grad_(True)
+        self.plain = fsdp.skeleton(self.module)
+        fsdp.shard(self.module, mesh)
+        self.frozen = fsdp.twin(self.plain, self.module, mesh)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """In the first process a network that is shared out is whole while the block runs, on the CPU; every process must call."""
+        if self.plain is None:
+            yield
+            return
+        trained, weights = self.module, fsdp.whole(self.module.state_dict())
+        if torch.distributed.get_rank() == 0:
+            network = copy.deepcopy(self.plain)
+            network.load_state_dict(weights, assign=True)
+            setattr(self.pipe, self.component, network)
+        try:
+            yield
+        finally:
+            setattr(self.pipe, self.component, trained)
 
     def release(self) -> None:
         """Leave the pipeline on one device, in the dtype in which its network came, and without what the settings of memory and speed

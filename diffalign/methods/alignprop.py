@@ -33,7 +33,7 @@ class AlignProp:
     loss: Literal["reward", "target"] = "reward"
     """reward: `-r`. target: `0.01 |r - 10|`, as in the authors' code for aesthetics."""
 
-    needs: ClassVar[Needs] = Needs(differentiable_reward=True, split_by=("accumulate",))
+    needs: ClassVar[Needs] = Needs(differentiable_reward=True, split_by=("accumulate",), in_step=True)
     defaults: ClassVar[Mapping[str, Any]] = {
         "learning_rate": 1e-3,
         "weight_decay": 1e-4,

@@ -35,7 +35,7 @@ class DiffusionDPO:
     drop_text: float = 0.2
     """Share of pairs that are trained with an empty prompt, for guidance."""
 
-    needs: ClassVar[Needs] = Needs(reward=False, data="pairs", split_by=("accumulate",))
+    needs: ClassVar[Needs] = Needs(reward=False, data="pairs", split_by=("accumulate",), in_step=True)
     defaults: ClassVar[Mapping[str, Any]] = {
         "learning_rate": 2.048e-5,
         "weight_decay": 1e-2,

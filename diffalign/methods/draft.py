@@ -34,7 +34,7 @@ class DRaFT:
     reference_weight: float = 0.0
     """Weight of `mean((eps_theta - eps_ref)^2)` on the last step's network output (DRaFT+); 0 leaves it out."""
 
-    needs: ClassVar[Needs] = Needs(differentiable_reward=True, split_by=("accumulate",))
+    needs: ClassVar[Needs] = Needs(differentiable_reward=True, split_by=("accumulate",), in_step=True)
     defaults: ClassVar[Mapping[str, Any]] = {
         "learning_rate": 4e-4,
         "weight_decay": 0.1,

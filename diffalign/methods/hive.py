@@ -48,7 +48,7 @@ class HIVE:
     drop_both: float = 0.05
     """and without both."""
 
-    needs: ClassVar[Needs] = Needs(data="edits", modality="image", split_by=("forwards",))
+    needs: ClassVar[Needs] = Needs(data="edits", modality="image", split_by=("forwards",), in_step=True)
     defaults: ClassVar[Mapping[str, Any]] = {
         "learning_rate": 1e-4,
         "max_grad_norm": 1.0,

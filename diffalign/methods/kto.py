@@ -32,7 +32,7 @@ class KTO:
     drop_text: float = 0.2
     """Share of samples that are trained with an empty prompt, for guidance."""
 
-    needs: ClassVar[Needs] = Needs(reward=False, data="labels")
+    needs: ClassVar[Needs] = Needs(reward=False, data="labels", in_step=True)
     defaults: ClassVar[Mapping[str, Any]] = {
         "learning_rate": 1e-5,
         "weight_decay": 1e-2,

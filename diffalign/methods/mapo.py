@@ -28,7 +28,7 @@ class MaPO:
     drop_text: float = 0.0
     """Share of pairs that are trained with an empty prompt, for guidance."""
 
-    needs: ClassVar[Needs] = Needs(reward=False, data="pairs", split_by=("accumulate",))
+    needs: ClassVar[Needs] = Needs(reward=False, data="pairs", split_by=("accumulate",), in_step=True)
     defaults: ClassVar[Mapping[str, Any]] = {
         "learning_rate": 1e-5,
         "weight_decay": 1e-2,

@@ -44,7 +44,7 @@ class ReFL:
     """Noise of a sampling step: 1 is ancestral sampling, 0 deterministic."""
 
     needs: ClassVar[Needs] = Needs(
-        differentiable_reward=True, data="pictures", data_role="besides", split_by=("accumulate", "pretrain_batches")
+        differentiable_reward=True, data="pictures", data_role="besides", split_by=("accumulate", "pretrain_batches"), in_step=True
     )
     defaults: ClassVar[Mapping[str, Any]] = {
         "learning_rate": 1e-4,

@@ -49,7 +49,7 @@ class RWR:
     drop_text: float = 0.1
     """Share of samples that are trained with an empty prompt, for guidance."""
 
-    needs: ClassVar[Needs] = Needs(split_by=("batches", "forwards"))
+    needs: ClassVar[Needs] = Needs(split_by=("batches", "forwards"), in_step=True)
     defaults: ClassVar[Mapping[str, Any]] = {
         "learning_rate": 1e-4,
         "max_grad_norm": 1.0,
