@@ -45,12 +45,13 @@ class Living(TorchDispatchMode):
                 self.count(thing)
 
     def count(self, tensor: Tensor) -> None:
-        if tensor.device != self.device or tensor.layout != torch.strided:
+        if tensor.layout != torch.strided:
             return
         storage = tensor.untyped_storage()
-        key, size = id(storage), storage.nbytes()
-        if key in self.storages:
+        key = id(storage)
+        if key in self.storages or storage.device != self.device:  # the storage's: the compiler's fake tensors lie about theirs
             return
+        size = storage.nbytes()
 
         def freed(_: object) -> None:
             self.bytes -= size

@@ -58,6 +58,17 @@ def test_living_counts_storages_until_they_are_freed() -> None:
     assert (living.bytes, living.peak) == (start - 4000, start + 4000)
 
 
+def test_living_counts_no_fake_tensors() -> None:
+    """What torch.compile leaves behind: tensors that say they are on the CPU, and hold nothing."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    before = Living(CPU).bytes
+    with FakeTensorMode():
+        fake = torch.zeros(1_000_000)
+    assert fake.device == CPU
+    assert Living(CPU).bytes == before
+
+
 def test_living_counts_what_autograd_keeps() -> None:
     x = torch.zeros(1000, requires_grad=True)
     with Living(CPU) as living:
