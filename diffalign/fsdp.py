@@ -1,4 +1,4 @@
-"""FSDP2: the processes of a training share a network out, with its gradients and the optimiser's states; each holds a part of every tensor."""
+"""FSDP2: processes share a network out, with its gradients and the optimiser's states; each holds a part of every tensor."""
 
 from __future__ import annotations
 

@@ -36,14 +36,15 @@ class Entry:
 # The public configurations of Stable Diffusion 3.5 (its rounds of 48 prompts x 24 samples, 2 updates) and FLUX, on DDPO's loop
 FLOW_GRPO = {
     "inference_steps": 10, "eta": 0.7, "batches": 6, "samples": 24, "updates": 2, "advantage": "group_global", "kl_weight": 0.04,
+    "kl_unit": "time",
 }  # fmt: skip
 FLOW_GRPO_FAST = {**FLOW_GRPO, "random_steps": 2, "window": "drawn", "eta": 0.8, "clip": 1e-5, "kl_weight": 0.0}
 FLOW_GRPO_SETTINGS = {"guidance_scale": 4.5, "sample_steps": 40, "lora": {"rank": 32, "alpha": 64}}
 DANCE_GRPO = {
-    "inference_steps": 16, "eta": 0.3, "noise": "constant", "same_noise": True, "batches": 2, "samples": 12, "updates": 2,
+    "inference_steps": 16, "eta": 0.3, "noise": "constant", "same_noise": True, "batches": 2, "samples": 12, "updates": 3,
     "advantage": "group", "fraction": 0.6,
 }  # fmt: skip
-DANCE_GRPO_SETTINGS = {"learning_rate": 1e-5, "max_grad_norm": 0.01, "guidance_scale": 3.5}
+DANCE_GRPO_SETTINGS = {"learning_rate": 1e-5, "max_grad_norm": 1.0, "guidance_scale": 3.5}
 
 METHODS = {
     "draft": Entry("diffalign.methods.draft:DRaFT", "Reward gradient through the last K sampling steps.", "differentiable reward"),

@@ -15,6 +15,7 @@ from diffalign.noise import RectifiedFlow, path_of
 from diffalign.pipelines.common import PRECISIONS, check_size, freeze, notes_of, vae_dtype
 from diffalign.pipelines.latent import LatentPolicy, Named
 
+OWN_GUIDANCE = 3.5  # what FLUX.1-dev is told by default
 ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
 TEXT_ATTENTION = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")  # where the text has a stream of its own
 
@@ -121,13 +122,17 @@ def flow_of(pipe: Any, tokens: int) -> RectifiedFlow:
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-    scheduler, config = pipe.scheduler, pipe.scheduler.config
+    scheduler: Any = pipe.scheduler
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        raise InputError(
-            f"This {type(pipe).__name__} predicts a velocity, and no flow is known for its {type(scheduler).__name__}. "
-            "Give it a FlowMatchEulerDiscreteScheduler: pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(..., "
-            'subfolder="scheduler").'
-        )
+        shift = _shift_of(scheduler)
+        if shift is None:
+            raise InputError(
+                f"This {type(pipe).__name__} predicts a velocity, and no flow is known for its {type(scheduler).__name__}. "
+                "Give it a FlowMatchEulerDiscreteScheduler: pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(..., "
+                'subfolder="scheduler").'
+            )
+        scheduler = FlowMatchEulerDiscreteScheduler(scheduler.config.num_train_timesteps, shift)
+    config: Any = scheduler.config
     if config.invert_sigmas:
         raise InputError("This scheduler runs from data to noise (invert_sigmas), which is not supported: set invert_sigmas=False.")
     names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
@@ -136,9 +141,23 @@ def flow_of(pipe: Any, tokens: int) -> RectifiedFlow:
     return path
 
 
+def _shift_of(scheduler: Any) -> float | None:
+    """The shift of a scheduler of another class whose levels are a flow's; None where they are not."""
+    config: Any = scheduler.config
+    if config.get("use_dynamic_shifting"):
+        return None
+    if config.get("use_flow_sigmas"):
+        return config.flow_shift
+    return config.shift if type(scheduler).__name__.startswith("FlowMatch") else None
+
+
 def _notes(pipe: Any, family: TransformerFamily, told: float | None, guidance_scale: float) -> tuple[str, ...]:
-    notes = list[str]()
-    if pipe.scheduler.config.stochastic_sampling:
+    notes, scheduler = list[str](), type(pipe.scheduler).__name__
+    if scheduler != "FlowMatchEulerDiscreteScheduler":
+        notes.append(f"Sampled with Euler steps of the flow in the place of the pipeline's {scheduler}, with its shift.")
+    if told not in (None, OWN_GUIDANCE):
+        notes.append(f"The network is told guidance {told:g}; {OWN_GUIDANCE} is that of its pipeline's own call (--guidance-scale).")
+    if pipe.scheduler.config.get("stochastic_sampling"):
         notes.append("The pipeline's scheduler samples at random (stochastic_sampling); evaluation and pictures are of the ODE.")
     if family.distilled and told is None:
         notes.append(f"This model is told no guidance: guidance_scale {guidance_scale:g} has no effect. true_cfg_scale has.")

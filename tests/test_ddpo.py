@@ -289,7 +289,7 @@ def test_one_instruction_for_two_pictures_is_two_prompts():
         ({"updates": 0}, "method.updates is 0"),
         ({"inner_epochs": 0}, "method.inner_epochs is 0"),
         ({"eta": 0.0}, "method.eta is 0.0: .* Without noise there are no actions"),
-        ({"eta": 1.1}, "method.eta is 1.1"),
+        ({"eta": float("nan")}, "method.eta is nan"),
         ({"random_steps": 0}, "method.random_steps is 0: give 1 to 4"),
         ({"random_steps": T + 1}, "method.random_steps is 5: give 1 to 4"),
         ({"clip": 0.0}, "method.clip is 0.0: give a number above 0"),

@@ -317,7 +317,7 @@ def test_it_lands_at_the_tilted_distribution(mode: Literal["loss", "reward"]):
         ({"value_steps": 0}, "method.value_steps is 0"),
         ({"value_batch": 0}, "method.value_batch is 0"),
         ({"eta": 0.0}, "method.eta is 0.0"),
-        ({"eta": 2.0}, "method.eta is 2.0"),
+        ({"eta": float("inf")}, "method.eta is inf"),
         ({"random_steps": 0}, "method.random_steps is 0: give 1 to 4"),
         ({"random_steps": T + 1}, "method.random_steps is 5"),
         ({"clip": 0.0}, "method.clip is 0.0: give a number above 0"),

@@ -67,7 +67,8 @@ def test_the_loss_is_the_papers(name: str, sigma: str):
         step = Normal(means[0], std_t * (t - s) ** 0.5)
         log_prob = step.log_prob(x_s).mean(1)
         terms.append(-advantage * (log_prob - log_prob.detach()).exp())
-        kls.append(((means[0] - means[1].detach()) ** 2).mean(1) / (2 * std_t**2 * (t - s)))
+        # of a step in the paper; the preset's is that of the authors' code, without |dt|
+        kls.append(((means[0] - means[1].detach()) ** 2).mean(1) / (2 * std_t**2 * (t - s if method.kl_unit == "step" else 1)))
     by_hand = torch.stack(terms).mean() + 0.04 * torch.stack(kls).mean()
     assert value(ours) == pytest.approx(float(by_hand.detach()), rel=1e-9)
     slopes = torch.stack([gradient(loss.value, policy) for loss in ours]).sum(0)
@@ -133,13 +134,14 @@ def test_the_presets_are_the_public_configurations():
     grpo, settings = methods["flow-grpo"], plans["flow-grpo"].settings
     assert grpo.batches * settings.batch_size == 48
     assert (grpo.samples, grpo.updates, grpo.inference_steps, settings.sample_steps) == (24, 2, 10, 40)
-    assert (grpo.eta, grpo.clip, grpo.kl_weight, grpo.advantage, grpo.noise) == (0.7, 1e-4, 0.04, "group_global", "rising")
+    assert (grpo.eta, grpo.clip, grpo.kl_weight, grpo.kl_unit, grpo.noise) == (0.7, 1e-4, 0.04, "time", "rising")
+    assert grpo.advantage == "group_global"
     assert (settings.learning_rate, settings.guidance_scale, settings.lora.rank, settings.lora.alpha) == (3e-4, 4.5, 32, 64)
     fast = methods["flow-grpo-fast"]
     assert (fast.eta, fast.clip, fast.kl_weight, fast.random_steps, fast.window) == (0.8, 1e-5, 0.0, 2, "drawn")
     dance, settings = methods["dance-grpo"], plans["dance-grpo"].settings
     assert (dance.eta, dance.noise, dance.samples, dance.inference_steps, dance.fraction) == (0.3, "constant", 12, 16, 0.6)
-    assert (settings.learning_rate, settings.max_grad_norm, settings.guidance_scale) == (1e-5, 0.01, 3.5)
+    assert (settings.learning_rate, settings.max_grad_norm, settings.guidance_scale, dance.updates) == (1e-5, 1.0, 3.5, 3)
     assert config.resolve({"method": "flow-grpo", "pipeline": "user/model", "guidance_scale": 1.0}).settings.guidance_scale == 1.0
 
 

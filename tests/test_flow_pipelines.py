@@ -362,12 +362,27 @@ def test_the_vae_computes_in_fp32_where_it_overflows_in_fp16(make: Any):
 # Bad input
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "FlowMatchHeunDiscreteScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.parametrize("name", ["DDIMScheduler", "UniPCMultistepScheduler"])
 def test_a_scheduler_without_a_flow_is_refused(make: Any, name: str):
     pipe = make()
     pipe.scheduler = getattr(diffusers, name)()
     with pytest.raises(InputError, match=f"predicts a velocity, and no flow is known for its {name}. Give it a FlowMatchEulerDiscrete"):
         a_policy(pipe)
+
+
+OF_A_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 2.0}
+
+
+@pytest.mark.parametrize(("name", "config"), [("FlowMatchHeunDiscreteScheduler", {"shift": 2.0}), ("UniPCMultistepScheduler", OF_A_FLOW)])
+def test_another_scheduler_of_a_flow_has_an_euler_twin_which_is_said(make: Any, name: str, config: dict[str, Any]):
+    policy = a_policy(make(shift=2.0, use_dynamic_shifting=False))
+    theirs = own_pictures(policy)
+    pipe = make()
+    pipe.scheduler = getattr(diffusers, name)(**config)
+    twin = a_policy(pipe)
+    assert any(name in note and "Euler" in note for note in twin.notes)
+    close(pictures(twin), theirs)
+    assert type(pipe.scheduler).__name__ == name, "the pipeline keeps its own"
 
 
 def test_a_scheduler_that_runs_the_other_way_is_refused_and_a_random_one_is_said(make: Any):

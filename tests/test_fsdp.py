@@ -77,7 +77,7 @@ for name, call in json.loads(sys.argv[1]).items():
 
 @dataclass(frozen=True)
 class Ran:
-    """`RUNS` in one process (one/) and in two (two/), which went on from step 2 too (resumed/); handed-on/ are those as they were at step 2."""
+    """`RUNS` in one process (one/) and in two (two/), which went on from step 2 too (resumed/); handed-on/: as they were at step 2."""
 
     folder: Path
     done: subprocess.CompletedProcess[str]

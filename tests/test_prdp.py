@@ -156,7 +156,7 @@ def test_the_tilted_mean_is_the_continuous_one_in_many_steps():
         ({"samples": 1}, "method.samples is 1: give 2 or more"),
         ({"updates": 0}, "method.updates is 0"),
         ({"eta": 0.0}, "method.eta is 0.0: .* Without noise there are no actions"),
-        ({"eta": 1.2}, "method.eta is 1.2"),
+        ({"eta": float("inf")}, "method.eta is inf"),
         ({"random_steps": 0}, "method.random_steps is 0: give 1 to 4"),
         ({"random_steps": T + 1}, "method.random_steps is 5"),
         ({"beta": 0.0}, "method.beta is 0.0: give a number above 0"),

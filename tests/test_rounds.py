@@ -271,7 +271,7 @@ def test_prompts_of_other_pictures_or_masks_have_other_keys():
 
 def test_the_first_pass_must_be_what_sampling_gave():
     check_first_pass(torch.zeros(3), clip=1e-4)
-    check_first_pass(torch.tensor([0.0, -0.9e-5]), clip=1e-4)
-    for change in (1.1e-5, -1.1e-5, float("nan"), float("inf")):
+    check_first_pass(torch.tensor([0.0, -0.9e-4]), clip=1e-4)
+    for change in (1.1e-4, -1.1e-4, float("nan"), float("inf")):
         with pytest.raises(InputError, match=r"off by .*, with a clip range of 0.0001"):
             check_first_pass(torch.tensor([0.0, change]), clip=1e-4)

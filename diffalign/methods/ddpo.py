@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
 from diffalign.advantages import Kind, advantages
 from diffalign.checks import above_zero, at_least, check, zero_or_more
 from diffalign.errors import InputError
+from diffalign.noise import RectifiedFlow
 from diffalign.objectives.policy_gradient import clipped_surrogate, reinforce
 from diffalign.rounds import check_first_pass, check_noise, greedy_scores, nothing_differs, parts, sample_round, shares
 from diffalign.sampling import SDENoise, noisy, replay
@@ -63,6 +64,8 @@ class DDPO:
     """Share of each sample's denoising steps that is trained on."""
     kl_weight: float = 0.0
     """Weight of `KL(pi_theta, pi_ref)` a step; 0 leaves it out."""
+    kl_unit: Literal["step", "time"] = "step"
+    """On a flow: step, the KL of a step; time, `mean((mu_theta - mu_ref)^2) / (2 sigma_t^2)`, `|dt|` times that (Flow-GRPO's code)."""
 
     needs: ClassVar[Needs] = Needs(split_by=("batches",))
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -90,7 +93,7 @@ class DDPO:
             raise InputError("method.estimator sf takes one optimiser step a round: give method.updates 1 and method.inner_epochs 1.")
 
     def losses(self, policy: Policy, reward: Reward, batch: Prompts, context: Context) -> Iterator[Loss]:
-        kernel = noisy(policy.path, self.eta, self.noise)
+        kernel, lengths = noisy(policy.path, self.eta, self.noise), self._lengths(policy)
         round_ = sample_round(
             policy,
             reward,
@@ -139,10 +142,19 @@ class DDPO:
                     if self.kl_weight > 0:
                         with torch.no_grad(), policy.reference():
                             base = replay(policy, round_.trajectory, part.steps, part.rows, kernel)
-                        kl = now.action.kl(base.action)[: part.count]
+                        kl = now.action.kl(base.action)[: part.count] * lengths[part.steps[: part.count]].to(log_prob)
                         loss, metrics["kl"] = loss + self.kl_weight * kl, kl.detach().mean()
                     yield Loss(loss.sum() / share.total, metrics, update=part.last)
                 stale = True
+
+    def _lengths(self, policy: Policy) -> Tensor:
+        """(T,) what the KL of each step is multiplied with."""
+        if self.kl_unit == "step":
+            return torch.ones(self.inference_steps)
+        if not isinstance(policy.path, RectifiedFlow):
+            raise InputError("method.kl_unit time is for flows, and this is a diffusion model: give --method.kl-unit step.")
+        schedule = policy.path.schedule(self.inference_steps)
+        return schedule.now.sigma - schedule.then.sigma
 
     def _window(self, rng: Generator) -> int | range | None:
         """The steps of a round that are random."""
