@@ -17,7 +17,7 @@ demo: $(READY)
 	$(BIN)/diffalign train --method draft
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # All four run, also when one fails; the status says whether one did.
 lint: $(READY)

@@ -95,8 +95,11 @@ def quiet() -> Iterator[None]:
             diffusers_logging.enable_progress_bar()
 
 
-def load_pipeline(source: str, revision: str | None = None) -> Any:
-    """A diffusers pipeline in fp32 from `shapes`, a folder or a Hub id; safetensors only. Raises InputError where it cannot."""
+def load_pipeline(source: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
+    """A diffusers pipeline from `shapes`, a folder or a Hub id; safetensors only. Raises InputError where it cannot.
+
+    Its VAE is in fp32, the rest in `dtype`.
+    """
     where, class_name = _index(source, revision)
     adapter_of(class_name)
     with quiet():
@@ -110,7 +113,8 @@ def load_pipeline(source: str, revision: str | None = None) -> Any:
         # diffusers saves Stable Diffusion 3 without T5, but loads it so only where it is told that nothing is there
         absent = dict.fromkeys(name for name, part in parts.items() if part == [None, None])
         with quiet():
-            return pipeline_class.from_pretrained(where, dtype=torch.float32, use_safetensors=True, **absent)
+            dtypes = {"default": dtype, "vae": torch.float32}
+            return pipeline_class.from_pretrained(where, dtype=dtypes, use_safetensors=True, **absent)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"The model in {where} does not load: {reason} Fetch or save it again.") from error
@@ -132,7 +136,8 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
         raise InputError("fp16 needs a GPU: on a CPU use --precision fp32 (or bf16).")
     if settings.vae_precision == "fp16" and device.type == "cpu":
         raise InputError("vae_precision fp16 needs a GPU: on a CPU use --vae-precision fp32 (or bf16).")
-    pipe = load_pipeline(settings.pipeline, settings.revision) if pipe is None else pipe
+    precision = "fp32" if settings.full else settings.precision
+    pipe = load_pipeline(settings.pipeline, settings.revision, DTYPES[precision]) if pipe is None else pipe
     adapter = adapter_of(type(pipe).__name__)
     policy = adapter.of(
         pipe,
@@ -140,7 +145,7 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
         negative_prompt=settings.negative_prompt,
         height=settings.height,
         width=settings.width,
-        precision="fp32" if settings.full else settings.precision,
+        precision=precision,
         device=device,
         **_own_options(adapter, settings, type(pipe).__name__),
     )

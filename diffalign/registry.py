@@ -109,6 +109,7 @@ PIPELINES = {
     "StableDiffusionXLInpaintPipeline": Entry("diffalign.pipelines.inpaint:InpaintXL", "Inpainting on SDXL.", "image"),
     "StableDiffusion3Pipeline": Entry("diffalign.pipelines.sd3:StableDiffusion3", "Stable Diffusion 3 and 3.5.", "image"),
     "FluxPipeline": Entry("diffalign.pipelines.flux:Flux", "FLUX.1, text to image.", "image"),
+    "ZImagePipeline": Entry("diffalign.pipelines.z_image:ZImage", "Z-Image and Z-Image-Turbo.", "image"),
 }
 UNSUITED = {
     "StableDiffusionXLImg2ImgPipeline": "SDXL's refiner works on pictures of the base model: align that one (StableDiffusionXLPipeline), "

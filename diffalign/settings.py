@@ -40,7 +40,7 @@ class Settings:
     true_cfg_scale: float = 1.0
     """Classifier-free guidance of models that are told guidance_scale (FLUX), with negative_prompt; 1 for none."""
     max_sequence_length: int | None = None
-    """Tokens of the T5 text encoder of Stable Diffusion 3 and FLUX; by default the pipeline's own."""
+    """Tokens of the long text encoder of Stable Diffusion 3, FLUX and Z-Image; by default the pipeline's own."""
     negative_prompt: str | None = None
     """Prompt of the unconditional branch; by default the pipeline's own: the empty one, or none at all for SDXL."""
     height: int | None = None

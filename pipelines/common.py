@@ -7,13 +7,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffalign.cache import Shelf, digest, fingerprint
+from diffalign.cache import Shelf, digest
 from diffalign.errors import InputError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -125,14 +124,6 @@ def frozen_copy(module: Any) -> Any:
     return copy.deepcopy(module).requires_grad_(False)
 
 
-def call_unet(unet: Any, dtype: torch.dtype, x: Tensor, t: Tensor, hidden: Tensor, added: Mapping[str, Tensor] | None = None) -> Tensor:
-    """The UNet's output (B, *latent) in the dtype of x, computed in `dtype`; `added` are SDXL's pooled embeddings and sizes."""
-    # Each weight is used once a call, and older torch handed a step with a graph the casts made without one: no cache.
-    half = dtype != torch.float32
-    with torch.autocast(x.device.type, dtype if half else None, enabled=half, cache_enabled=False):
-        return unet(x, t, encoder_hidden_states=hidden, added_cond_kwargs=added, return_dict=False)[0].to(x.dtype)
-
-
 def vae_dtype(vae: Any, precision: str) -> torch.dtype:
     """What the VAE computes in: fp32 in the place of fp16 where its configuration says that it overflows there, as in diffusers."""
     if precision == "fp16" and vae.config.get("force_upcast"):
@@ -142,17 +133,21 @@ def vae_dtype(vae: Any, precision: str) -> torch.dtype:
 
 def decode_images(vae: Any, x_0: Tensor) -> Tensor:
     """Latents to images (B, 3, H, W) in [0, 1], fp32, computed in the VAE's dtype, with a graph where one is wanted."""
-    latents, normal = x_0 / vae.config.scaling_factor, _statistics(vae, x_0)
+    latents, normal, shift = x_0 / vae.config.scaling_factor, _statistics(vae, x_0), vae.config.get("shift_factor")
     if normal is not None:
         latents = latents * normal[1] + normal[0]
+    if shift is not None:
+        latents = latents + shift
     images = vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()
     return (images / 2 + 0.5).clamp(0, 1)
 
 
 def embed_images(vae: Any, images: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [0, 1] to x_0, fp32: the mode of the VAE's posterior, scaled."""
-    latents = posterior_mode(vae, images)
+    latents, shift = posterior_mode(vae, images), vae.config.get("shift_factor")
     normal = _statistics(vae, latents)
+    if shift is not None:
+        latents = latents - shift
     if normal is not None:
         latents = (latents - normal[0]) / normal[1]
     return latents * vae.config.scaling_factor
@@ -168,36 +163,6 @@ def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor] | None:
     """Mean and standard deviation (C, 1, 1) that some VAEs' latents are normalised with; None for the others."""
     mean, std = (vae.config.get(name) for name in ("latents_mean", "latents_std"))
     return None if mean is None or std is None else (torch.tensor(mean).to(like)[:, None, None], torch.tensor(std).to(like)[:, None, None])
-
-
-def shelve(pipe: Any, texts: TextCache, encoders: Mapping[str, str], height: int, width: int, root: Path) -> Shelf:
-    """Keep text embeddings under `root` from now on; the shelf there of the VAE's latents of pictures of this size.
-
-    Both are named after what they are computed with, so a shelf of another model, or of another precision, is another one. `encoders`
-    names the pipeline's text encoders, each with its tokenizer.
-    """
-    found = ((getattr(pipe, encoder), getattr(pipe, tokenizer)) for encoder, tokenizer in encoders.items())
-    marks = [fingerprint(encoder, sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length) for encoder, tokenizer in found]
-    texts.shelf = Shelf(root / "texts" / "-".join(marks))
-    statistics = [pipe.vae.config.get(name) for name in ("scaling_factor", "latents_mean", "latents_std")]
-    mark = fingerprint(pipe.vae, *(value for value in statistics if value is not None))
-    return Shelf(root / "latents" / f"{mark}-{height}x{width}")
-
-
-@contextmanager
-def base_unet(pipe: Any, frozen: Any) -> Iterator[None]:
-    """The base model while the block runs: LoRA switched off, or the frozen copy in the UNet's place."""
-    if frozen is not None:
-        trained, pipe.unet = pipe.unet, frozen
-        try:
-            yield
-        finally:
-            pipe.unet = trained
-    elif getattr(pipe.unet, "peft_config", None):
-        with adapter_off(pipe.unet):
-            yield
-    else:
-        yield
 
 
 def own_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
@@ -220,9 +185,6 @@ def check_size(height: int, width: int, multiple: int) -> None:
 def notes_of(pipe: Any, vae_precision: str) -> tuple[str, ...]:
     """What is otherwise here than in the pipeline's own call: lines for the person."""
     notes = list[str]()
-    scheduler = type(pipe.scheduler).__name__
-    if scheduler != "DDIMScheduler":
-        notes.append(f"Sampled with DDIM in the place of the pipeline's {scheduler}, on its betas, spacing and prediction type.")
     if pipe.components.get("safety_checker") is not None:
         notes.append("The pipeline's safety checker stays in the pipeline; the training, and its pictures, do not pass through it.")
     if vars(pipe).get("watermark") is not None:

@@ -51,7 +51,7 @@ def own_pictures(policy: Any, prompts: Prompts | None = None, steps: int = STEPS
     given |= {} if prompts.image is None else {"image": prompts.image}
     given |= {"mask_image": prompts.mask, "strength": 1.0} if prompts.mask is not None else {}
     given |= {"image_guidance_scale": policy.image_guidance_scale} if policy.takes == ("image",) else {}
-    sizes = {"height": policy.height, "width": policy.width} if policy.takes != ("image",) or policy.sizes is not None else {}
+    sizes = {"height": policy.height, "width": policy.width} if policy.takes != ("image",) or "XL" in type(pipe).__name__ else {}
     return pipe(list(prompts.text), num_inference_steps=steps, output_type="pt", **given, **sizes, **options).images
 
 

@@ -14,6 +14,7 @@ from toy import Exact, Toy, diffusion, flow
 
 from diffalign.evaluate import bootstrap, compare, diversity, kl_to_base, pairwise_distance, sample
 from diffalign.lora import LoRA
+from diffalign.noise import RectifiedFlow
 from diffalign.pipelines.stable_diffusion import StableDiffusion
 from diffalign.types import NoisePath, Prompts
 
@@ -62,8 +63,13 @@ def test_the_kl_of_a_moved_mean(path: NoisePath) -> None:
     for now, then in zip(*(zip(lv.alpha.tolist(), lv.sigma.tolist(), strict=True) for lv in schedule), strict=True):
         (a, s), (a_next, s_next) = now, then
         variance = a**2 * 0.25 + s**2
-        std = s_next * math.sqrt(max(0.0, 1 - (a * s_next / (a_next * s)) ** 2))
-        step = a_next * d * s**2 / variance - math.sqrt(max(0.0, s_next**2 - std**2)) * d * a * s / variance
+        if isinstance(path, RectifiedFlow):  # the SDE of Flow-GRPO with a = 1; the step to data is the ODE's
+            rate = s / (a if s < 1 else a_next) if s_next > 0 else 0.0
+            std, of_noise = math.sqrt(rate * (s - s_next)), s_next - rate * (s - s_next) / (2 * s)
+        else:
+            std = s_next * math.sqrt(max(0.0, 1 - (a * s_next / (a_next * s)) ** 2))
+            of_noise = math.sqrt(max(0.0, s_next**2 - std**2))
+        step = a_next * d * s**2 / variance - of_noise * d * a * s / variance
         expected += step**2 / (2 * std**2) if std > 0 else 0.0
     policy, prompts = moved(path, d), ["0", "0.5", "-2"]
     found = kl_to_base(policy, prompts, steps=5, seed=0, batch_size=2)

@@ -25,13 +25,13 @@ from diffalign.contract import CheckedReward, FunctionReward
 from diffalign.errors import InputError
 from diffalign.examples import ExampleSet
 from diffalign.media import decode_image, fit
+from diffalign.pipelines.latent import LatentPolicy
 from diffalign.pipelines.stable_diffusion import StableDiffusion
-from diffalign.pipelines.unet import UNetPolicy
 from diffalign.types import Prompts
 
 
 @pytest.fixture(scope="module")
-def policy() -> UNetPolicy:
+def policy() -> LatentPolicy:
     return StableDiffusion.of(tiny.stable_diffusion(), guidance_scale=1.0)
 
 
@@ -170,21 +170,21 @@ LAYOUTS: dict[str, tuple[Callable[[Path], None], str, list[tuple[str, int, int]]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_gives_its_pairs(name: str, tmp_path: Path, policy: UNetPolicy) -> None:
+def test_every_layout_gives_its_pairs(name: str, tmp_path: Path, policy: LatentPolicy) -> None:
     write, file, expected = LAYOUTS[name]
     write(tmp_path)
     examples.check(str(tmp_path / file), "pairs")
     assert sorted(found(tmp_path / file, policy)) == expected
 
 
-def test_ties_and_rows_without_a_label_are_counted(tmp_path: Path, policy: UNetPolicy) -> None:
+def test_ties_and_rows_without_a_label_are_counted(tmp_path: Path, policy: LatentPolicy) -> None:
     said: list[str] = []
     write_pick_a_pic(tmp_path)
     read(tmp_path, policy, say=said.append)
     assert any("ties 1; rows without a label 2" in line for line in said)
 
 
-def test_labels_come_from_labels_or_from_pairs(tmp_path: Path, policy: UNetPolicy) -> None:
+def test_labels_come_from_labels_or_from_pairs(tmp_path: Path, policy: LatentPolicy) -> None:
     pictures(tmp_path, 0, 1, 2, 3)
     values = (True, False, 1, 0, -1, 1.0)
     lines(tmp_path / "labels.jsonl", *({"prompt": str(i), "image": "0.png", "label": value} for i, value in enumerate(values)))
@@ -202,7 +202,7 @@ def test_labels_come_from_labels_or_from_pairs(tmp_path: Path, policy: UNetPolic
     assert batch.rejected is None
 
 
-def test_pictures_come_with_captions(tmp_path: Path, policy: UNetPolicy) -> None:
+def test_pictures_come_with_captions(tmp_path: Path, policy: LatentPolicy) -> None:
     pictures(tmp_path / "plain" / "deeper", 0, 1)
     for seed, text in ((0, "a dog\n"), (1, "a cat")):
         (tmp_path / "plain" / "deeper" / f"{seed}.txt").write_text(text)
@@ -215,7 +215,7 @@ def test_pictures_come_with_captions(tmp_path: Path, policy: UNetPolicy) -> None
         assert found(tmp_path / name, policy, "pictures") == [("a dog", 0, None), ("a cat", 1, None)]
 
 
-def test_a_batch_holds_what_the_model_makes_of_the_pictures(tmp_path: Path, policy: UNetPolicy) -> None:
+def test_a_batch_holds_what_the_model_makes_of_the_pictures(tmp_path: Path, policy: LatentPolicy) -> None:
     """Scaled to cover the model's size and cut around the centre; a picture of that size goes in as it is."""
     write_pairs(tmp_path)
     wide = Image.new("RGB", (64, 32), "red")
@@ -238,7 +238,7 @@ def test_a_batch_holds_what_the_model_makes_of_the_pictures(tmp_path: Path, poli
 # The cache
 
 
-def counted(monkeypatch: pytest.MonkeyPatch, policy: UNetPolicy) -> dict[str, int]:
+def counted(monkeypatch: pytest.MonkeyPatch, policy: LatentPolicy) -> dict[str, int]:
     """How often the VAE and the text encoder are called."""
     calls = {"embed": 0, "encode": 0}
     embed, encode = policy.embed, policy.texts.encode
@@ -255,7 +255,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, policy: UNetPolicy) -> dict[str, in
     return calls
 
 
-def fresh() -> UNetPolicy:
+def fresh() -> LatentPolicy:
     """The policy of another process: nothing in memory."""
     return StableDiffusion.of(tiny.stable_diffusion(), guidance_scale=1.0)
 
@@ -310,7 +310,7 @@ def test_a_damaged_row_is_made_anew(damage: Callable[[bytes], bytes], tmp_path: 
         train.take([0])
 
 
-def test_another_model_or_size_has_another_shelf(policy: UNetPolicy, tmp_path: Path) -> None:
+def test_another_model_or_size_has_another_shelf(policy: LatentPolicy, tmp_path: Path) -> None:
     import dataclasses
 
     other = StableDiffusion.of(tiny.stable_diffusion(seed=1), guidance_scale=1.0)
@@ -375,7 +375,7 @@ def many(folder: Path, count: int) -> Path:
     return folder
 
 
-def test_prompts_are_held_out_with_all_their_pairs(tmp_path: Path, policy: UNetPolicy) -> None:
+def test_prompts_are_held_out_with_all_their_pairs(tmp_path: Path, policy: LatentPolicy) -> None:
     train, held = read(many(tmp_path, 30), policy)
     assert (len(train), len(held)) == (81, 9)
     assert not set(train.prompts) & set(held.prompts)
@@ -385,14 +385,14 @@ def test_prompts_are_held_out_with_all_their_pairs(tmp_path: Path, policy: UNetP
     assert len(read(tmp_path, policy, limit=40)[0]) + len(read(tmp_path, policy, limit=40)[1]) == 40
 
 
-def test_few_prompts_are_not_held_out(tmp_path: Path, policy: UNetPolicy) -> None:
+def test_few_prompts_are_not_held_out(tmp_path: Path, policy: LatentPolicy) -> None:
     said: list[str] = []
     train, held = read(many(tmp_path, 9), policy, say=said.append)
     assert train.examples == held.examples
     assert any("Fewer than ten prompts" in line for line in said)
 
 
-def test_a_reward_scores_the_preferred_pictures(tmp_path: Path, policy: UNetPolicy) -> None:
+def test_a_reward_scores_the_preferred_pictures(tmp_path: Path, policy: LatentPolicy) -> None:
     write_pairs(tmp_path)
 
     def brightness(images: torch.Tensor, prompts: Prompts) -> torch.Tensor:
@@ -474,7 +474,7 @@ def damaged(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("skip", [False, True])
-def test_what_is_no_data_is_refused_with_its_line(name: str, skip: bool, damaged: Path, policy: UNetPolicy) -> None:
+def test_what_is_no_data_is_refused_with_its_line(name: str, skip: bool, damaged: Path, policy: LatentPolicy) -> None:
     row, message = ROWS[name]
     text = row if isinstance(row, str) else json.dumps(row)
     (damaged / "pairs.jsonl").write_text(f"{json.dumps(GOOD)}\n{text}\n")
@@ -483,7 +483,7 @@ def test_what_is_no_data_is_refused_with_its_line(name: str, skip: bool, damaged
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_faults_are_refused_or_left_out_as_the_flag_says(name: str, damaged: Path, policy: UNetPolicy) -> None:
+def test_faults_are_refused_or_left_out_as_the_flag_says(name: str, damaged: Path, policy: LatentPolicy) -> None:
     row, message = FAULTS[name]
     lines(damaged / "pairs.jsonl", GOOD, row, row)
     with pytest.raises(InputError, match=message) as caught:
@@ -498,7 +498,7 @@ def test_faults_are_refused_or_left_out_as_the_flag_says(name: str, damaged: Pat
 
 
 @pytest.mark.parametrize(("label_0", "label_1"), [(1.0, 1.0), (0.0, 0.0), (0.5, 1.0), (2.0, -1.0)])
-def test_labels_that_contradict(label_0: float, label_1: float, tmp_path: Path, policy: UNetPolicy) -> None:
+def test_labels_that_contradict(label_0: float, label_1: float, tmp_path: Path, policy: LatentPolicy) -> None:
     parquet(tmp_path / "p.parquet", [pick_a_pic("a", 0, 1, 1.0, 0.0), pick_a_pic("b", 0, 1, label_0, label_1)])
     with pytest.raises(InputError, match=r"p.parquet, row 2: the labels contradict: label_0 is"):
         read(tmp_path, policy)
@@ -516,14 +516,14 @@ def test_labels_that_contradict(label_0: float, label_1: float, tmp_path: Path, 
         ({"prompt": "a", "images": ["0.png", "1.png"], "scores": "ab"}, "scores is no list of numbers"),
     ],
 )
-def test_lists_that_contradict(row: dict[str, Any], message: str, tmp_path: Path, policy: UNetPolicy) -> None:
+def test_lists_that_contradict(row: dict[str, Any], message: str, tmp_path: Path, policy: LatentPolicy) -> None:
     pictures(tmp_path, 0, 1)
     (tmp_path / "train.json").write_text(json.dumps([row]))
     with pytest.raises(InputError, match=f"train.json, entry 1: .*{message}"):
         read(tmp_path, policy)
 
 
-def test_single_pictures_and_equal_scores_are_left_out(tmp_path: Path, policy: UNetPolicy) -> None:
+def test_single_pictures_and_equal_scores_are_left_out(tmp_path: Path, policy: LatentPolicy) -> None:
     pictures(tmp_path, 0, 1)
     good = {"prompt": "b", "images": ["0.png", "1.png"]}
     lines(tmp_path / "ranks.jsonl", {"prompt": "a", "images": ["0.png"]}, {"prompt": "a", "images": []}, good)
@@ -533,7 +533,7 @@ def test_single_pictures_and_equal_scores_are_left_out(tmp_path: Path, policy: U
     assert found(tmp_path, policy) == [("b", 0, 1)]
 
 
-def test_ranks_and_ratings_of_one_prompt_are_not_mixed(tmp_path: Path, policy: UNetPolicy) -> None:
+def test_ranks_and_ratings_of_one_prompt_are_not_mixed(tmp_path: Path, policy: LatentPolicy) -> None:
     """Ranks count where all pictures have one, else ratings where all have one."""
     pictures(tmp_path, 0, 1)
 
@@ -553,7 +553,7 @@ def test_ranks_and_ratings_of_one_prompt_are_not_mixed(tmp_path: Path, policy: U
         read(tmp_path, policy)
 
 
-def test_labels_of_one_picture_contradict(tmp_path: Path, policy: UNetPolicy) -> None:
+def test_labels_of_one_picture_contradict(tmp_path: Path, policy: LatentPolicy) -> None:
     pictures(tmp_path, 0, 1)
     rows = [{"prompt": "a", "image": "0.png", "label": True}, {"prompt": "a", "image": "0.png", "label": False}]
     lines(tmp_path / "labels.jsonl", *rows)
@@ -612,7 +612,7 @@ def test_without_the_package_datasets(tmp_path: Path, monkeypatch: pytest.Monkey
             examples.check(source, "pairs")
 
 
-def test_rows_of_a_prompt_stand_together_where_they_hold_pictures(tmp_path: Path, policy: UNetPolicy) -> None:
+def test_rows_of_a_prompt_stand_together_where_they_hold_pictures(tmp_path: Path, policy: LatentPolicy) -> None:
     rows = [{"prompt_id": p, "prompt": p, "image": png(s), "rank": r} for p, s, r in (("p", 0, 1), ("q", 1, 1), ("p", 2, 2))]
     parquet(tmp_path / "data.parquet", rows)
     with pytest.raises(InputError, match=r"row 3: prompt_id p came before. The rows of a prompt must stand together"):
@@ -627,7 +627,7 @@ def test_a_list_is_read_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert [dict(record.values) for record in records.read(tmp_path / "list.json")] == rows
 
 
-def test_the_hub_is_streamed(tmp_path: Path, policy: UNetPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_streamed(tmp_path: Path, policy: LatentPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the Hub serves it, from a file: pictures stay bytes."""
     datasets = pytest.importorskip("datasets")
     rows = [{"prompt": f"prompt {i}", "chosen": png(i), "rejected": png(i + 10)} for i in range(10)]

@@ -23,7 +23,7 @@ from diffalign.media import data_uri, to_pil
 from diffalign.methods.hive import HIVE, PHRASE
 from diffalign.noise import diffuse
 from diffalign.pipelines.instruct_pix2pix import InstructPix2Pix
-from diffalign.pipelines.unet import UNetPolicy
+from diffalign.pipelines.latent import LatentPolicy
 from diffalign.types import Context, Examples, Loss, Prompts
 
 DROP_NOTHING: dict[str, Any] = {"drop_text": 0.0, "drop_image": 0.0, "drop_both": 0.0}
@@ -31,7 +31,7 @@ SCORES = ([0.1, 0.9, 0.5], [2.0, 0.5, -1.0])
 
 
 @pytest.fixture(scope="module")
-def policy() -> UNetPolicy:
+def policy() -> LatentPolicy:
     return InstructPix2Pix.of(tiny.instruct_pix2pix(), guidance_scale=3.0)
 
 
@@ -49,12 +49,12 @@ def a_context(**given: Any) -> Context:
     return Context(Generator().manual_seed(0), more=lambda: BATCHES[1], **given)
 
 
-def losses(policy: UNetPolicy, context: Context | None = None, **fields: Any) -> list[Loss]:
+def losses(policy: LatentPolicy, context: Context | None = None, **fields: Any) -> list[Loss]:
     return list(HIVE(**{"forwards": 2, **fields}).losses(policy, None, BATCHES[0], context or a_context()))
 
 
 @pytest.fixture
-def heard(policy: UNetPolicy, monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[str, ...], Tensor]]:
+def heard(policy: LatentPolicy, monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[str, ...], Tensor]]:
     """Of each forward the texts that were encoded, and the sources' latents that the network saw."""
     calls, encode, predict = list[Any](), policy.encode, policy.predict
 
@@ -72,7 +72,7 @@ def heard(policy: UNetPolicy, monkeypatch: pytest.MonkeyPatch) -> list[tuple[tup
     return calls
 
 
-def errors_by_hand(policy: UNetPolicy, emphasis: bool = False) -> list[Tensor]:
+def errors_by_hand(policy: LatentPolicy, emphasis: bool = False) -> list[Tensor]:
     """Squared error of epsilon in the order in which HIVE draws: what to drop, the noise, the level."""
     rng, out = Generator().manual_seed(0), list[Tensor]()
     for batch in BATCHES:
@@ -96,7 +96,7 @@ def weights_by_hand(scores: Tensor, beta: float, cap: float) -> Tensor:
 
 
 @pytest.mark.parametrize(("beta", "cap", "weighting"), [(1.0, 20.0, "epsilon"), (0.5, 2.0, "epsilon"), (1.0, 20.0, "v")])
-def test_the_weighted_loss_by_hand(policy: UNetPolicy, beta: float, cap: float, weighting: Any):
+def test_the_weighted_loss_by_hand(policy: LatentPolicy, beta: float, cap: float, weighting: Any):
     first, second = losses(policy, beta=beta, cap=cap, weighting=weighting, **DROP_NOTHING)
     assert (first.update, second.update) == (False, True)
     weights = weights_by_hand(torch.tensor(SCORES), beta, cap)
@@ -109,7 +109,7 @@ def test_the_weighted_loss_by_hand(policy: UNetPolicy, beta: float, cap: float, 
     assert float(first.metrics["effective_sample_size"]) == pytest.approx(float(everything.sum() ** 2 / (everything**2).sum() / 6))
 
 
-def test_processes_scale_their_weights_together(policy: UNetPolicy):
+def test_processes_scale_their_weights_together(policy: LatentPolicy):
     def work(processes: Any) -> list[float]:
         context = Context(Generator().manual_seed(0), processes)
         method = HIVE(forwards=1, beta=1.0, **DROP_NOTHING)
@@ -123,7 +123,7 @@ def test_processes_scale_their_weights_together(policy: UNetPolicy):
     assert largest == same == pytest.approx(float(weights.max()))
 
 
-def test_the_conditional_variant_says_how_good_each_edit_is(policy: UNetPolicy, heard: list[Any]):
+def test_the_conditional_variant_says_how_good_each_edit_is(policy: LatentPolicy, heard: list[Any]):
     """Six scores: -1, 0.1, 0.5, 0.5, 0.9, 2. Not better than each: 1, 2, 4, 4, 5, 6 of 6, so the fifths 1, 2, 4, 4, 5, 5."""
     out = losses(policy, variant="conditional", **DROP_NOTHING)
     levels = [["two", "five", "four"], ["five", "four", "one"]]
@@ -137,7 +137,7 @@ def test_the_conditional_variant_says_how_good_each_edit_is(policy: UNetPolicy, 
         assert "effective_sample_size" not in loss.metrics
 
 
-def test_levels_are_of_all_scores_seen_lately(policy: UNetPolicy, heard: list[Any]):
+def test_levels_are_of_all_scores_seen_lately(policy: LatentPolicy, heard: list[Any]):
     context = a_context(memory={"scores": [3.0] * 94})
     losses(policy, context, variant="conditional", **DROP_NOTHING)
     assert {text.split(" is ")[1] for texts, _ in heard for text in texts} == {"one out of five"}, "the six are the worst of a hundred"
@@ -150,7 +150,7 @@ def test_levels_are_of_all_scores_seen_lately(policy: UNetPolicy, heard: list[An
 
 @pytest.mark.parametrize(("dropped", "texts", "sources"), [("text", 0, 1), ("image", 1, 0), ("both", 0, 0), (None, 1, 1)])
 def test_instructions_and_sources_are_left_out_for_guidance(
-    policy: UNetPolicy, heard: list[Any], dropped: str | None, texts: int, sources: int
+    policy: LatentPolicy, heard: list[Any], dropped: str | None, texts: int, sources: int
 ):
     losses(policy, **{**DROP_NOTHING, **({f"drop_{dropped}": 1.0} if dropped else {})})
     for said, source in heard:
@@ -158,7 +158,7 @@ def test_instructions_and_sources_are_left_out_for_guidance(
         assert bool(source.any()) == bool(sources)
 
 
-def test_shares_of_what_is_left_out(policy: UNetPolicy):
+def test_shares_of_what_is_left_out(policy: LatentPolicy):
     big = Prompts(("make it red",) * 512, torch.rand(1, 3, 16, 16).expand(512, 3, 16, 16))
     method = HIVE(drop_text=0.1, drop_image=0.2, drop_both=0.3)
     condition = method._condition(policy, big, None, a_context())
@@ -189,7 +189,7 @@ def test_wrong_settings_are_errors_with_their_mend(fields: dict[str, Any], says:
         HIVE(**fields)
 
 
-def test_a_reward_is_needed(policy: UNetPolicy):
+def test_a_reward_is_needed(policy: LatentPolicy):
     batch = Examples(BATCHES[0].prompts, BATCHES[0].x_0)
     with pytest.raises(InputError, match="needs a reward of every edit"):
         next(HIVE(forwards=1).losses(policy, None, batch, a_context()))
@@ -219,7 +219,7 @@ def brighter(images: Tensor, prompts: Prompts) -> Tensor:
     return (images - prompts.image).mean((1, 2, 3))
 
 
-def read(source: Path | str, policy: UNetPolicy, **given: Any) -> Any:
+def read(source: Path | str, policy: LatentPolicy, **given: Any) -> Any:
     chosen = {"reward": CheckedReward(FunctionReward(brighter), "brighter"), "limit": None, "skip": False, "seed": 0, "say": print}
     return examples.read(str(source), "edits", policy, **{**chosen, **given})
 
@@ -233,7 +233,7 @@ def read(source: Path | str, policy: UNetPolicy, **given: Any) -> Any:
         (("original_image_file_name", "edit_instruction", "edited_image_file_name"), "metadata.jsonl"),
     ],
 )
-def test_edits_are_read_embedded_and_scored(tmp_path: Path, policy: UNetPolicy, keys: Any, name: str):
+def test_edits_are_read_embedded_and_scored(tmp_path: Path, policy: LatentPolicy, keys: Any, name: str):
     write_edits(tmp_path, keys, name=name)
     examples.check(str(tmp_path), "edits")
     train, held = read(tmp_path, policy)
@@ -252,7 +252,7 @@ def test_edits_are_read_embedded_and_scored(tmp_path: Path, policy: UNetPolicy, 
         assert float(batch.scores[i]) == pytest.approx(float(edited.mean() - source.mean()), abs=1e-6)
 
 
-def test_edits_in_parquet_hold_bytes(tmp_path: Path, policy: UNetPolicy):
+def test_edits_in_parquet_hold_bytes(tmp_path: Path, policy: LatentPolicy):
     pytest.importorskip("datasets")
     import pyarrow
     import pyarrow.parquet
@@ -268,7 +268,7 @@ def test_edits_in_parquet_hold_bytes(tmp_path: Path, policy: UNetPolicy):
 
 @pytest.mark.parametrize("which", ["source", "edited"])
 @pytest.mark.parametrize("damage", ["missing", "cut", "data"])
-def test_bad_pictures_of_edits_are_named_and_left_out_if_asked(tmp_path: Path, policy: UNetPolicy, which: str, damage: str):
+def test_bad_pictures_of_edits_are_named_and_left_out_if_asked(tmp_path: Path, policy: LatentPolicy, which: str, damage: str):
     write_edits(tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "edits.jsonl").read_text().splitlines()]
     if damage == "missing":

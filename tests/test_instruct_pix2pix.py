@@ -17,7 +17,7 @@ from diffalign.data import batch_of, read_prompts
 from diffalign.errors import InputError
 from diffalign.models import load_pipeline
 from diffalign.pipelines.instruct_pix2pix import InstructPix2Pix, InstructPix2PixXL
-from diffalign.pipelines.unet import UNetPolicy
+from diffalign.pipelines.latent import LatentPolicy
 from diffalign.sampling import ddim, rollout
 from diffalign.types import EditingPolicy, Prompts
 
@@ -26,11 +26,11 @@ PROMPTS = Prompts(("make it red", "two cats"), SOURCES)
 STEPS = 4
 
 
-def a_policy(**options: Any) -> UNetPolicy:
+def a_policy(**options: Any) -> LatentPolicy:
     return InstructPix2Pix.of(tiny.instruct_pix2pix(), **{"guidance_scale": 5.0, **options})
 
 
-def pictures(policy: UNetPolicy, prompts: Prompts = PROMPTS) -> Tensor:
+def pictures(policy: LatentPolicy, prompts: Prompts = PROMPTS) -> Tensor:
     return pictures_of(policy, prompts)
 
 

@@ -18,8 +18,8 @@ from diffalign.lora import LoRA
 from diffalign.methods.diffusion_dpo import DiffusionDPO
 from diffalign.methods.kto import KTO
 from diffalign.methods.mapo import MaPO
+from diffalign.pipelines.latent import LatentPolicy
 from diffalign.pipelines.stable_diffusion import StableDiffusion
-from diffalign.pipelines.unet import UNetPolicy
 from diffalign.sampling import denoising_error, paired_errors, without_some_text
 from diffalign.types import Context, Examples, Loss, Method, Processes, Prompts
 
@@ -31,7 +31,7 @@ def a_toy(scale: float = 0.1, **scheduler: Any) -> Toy:
     return move(Toy(diffusion(**scheduler), Network()), scale)
 
 
-def a_policy_of_pictures(guidance: float = 5.0) -> UNetPolicy:
+def a_policy_of_pictures(guidance: float = 5.0) -> LatentPolicy:
     policy = StableDiffusion.of(tiny.stable_diffusion(), guidance_scale=guidance)
     policy.adapt(LoRA(rank=2))
     return policy

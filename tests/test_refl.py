@@ -18,8 +18,8 @@ from diffalign.errors import InputError
 from diffalign.lora import LoRA
 from diffalign.methods.refl import ReFL
 from diffalign.pipelines.instruct_pix2pix import InstructPix2Pix
+from diffalign.pipelines.latent import LatentPolicy
 from diffalign.pipelines.stable_diffusion import StableDiffusion
-from diffalign.pipelines.unet import UNetPolicy
 from diffalign.sampling import ddim, denoising_error, rollout
 from diffalign.types import Condition, Context, Examples, Level, Loss, Processes, Prompts
 
@@ -177,7 +177,7 @@ def test_the_base_models_samples_keep_their_pictures(monkeypatch: pytest.MonkeyP
         encoded.append(prompts)
         return encode(prompts)
 
-    def spy(policy: UNetPolicy, x_0: Tensor, noise: Tensor, at: Level, condition: Condition) -> Tensor:
+    def spy(policy: LatentPolicy, x_0: Tensor, noise: Tensor, at: Level, condition: Condition) -> Tensor:
         assert condition.null is None
         trained_on.append((x_0, encoded[-1], condition.tensors["source"]))
         return denoising_error(policy, x_0, noise, at, condition)

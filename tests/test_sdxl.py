@@ -56,7 +56,7 @@ def test_the_network_is_told_sizes_as_by_the_pipeline(make: Any, told: str):
 def test_sizes_are_settings_and_are_checked():
     settings = Settings(device="cpu", original_size=(32, 48), guidance_scale=2.0, vae_precision="bf16")
     policy = make_policy(settings, tiny.sdxl(), train=False)
-    assert policy.sizes.tolist() == [[32, 48, 0, 0, 16, 16]]
+    assert policy.encode(Prompts(("a fox",))).tensors["time_ids"].tolist() == [[32, 48, 0, 0, 16, 16]]
     assert policy.pipe.vae.dtype == torch.bfloat16
     with pytest.raises(InputError, match="original_size is for SDXL: a StableDiffusionPipeline is told no sizes"):
         make_policy(settings, tiny.stable_diffusion(), train=False)

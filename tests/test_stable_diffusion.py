@@ -18,8 +18,8 @@ from torch import Tensor
 import diffalign
 from diffalign.errors import InputError
 from diffalign.lora import LoRA
+from diffalign.pipelines.latent import LatentPolicy
 from diffalign.pipelines.stable_diffusion import StableDiffusion
-from diffalign.pipelines.unet import UNetPolicy
 from diffalign.sampling import ddim, rollout
 from diffalign.types import Policy, Prompts, Trajectory
 
@@ -27,18 +27,18 @@ PROMPTS = Prompts(("a red fox", "two cats"))
 STEPS = 4
 
 
-def a_policy(lora: LoRA | None = None, seed: int = 0, **options: Any) -> UNetPolicy:
+def a_policy(lora: LoRA | None = None, seed: int = 0, **options: Any) -> LatentPolicy:
     policy = StableDiffusion.of(tiny.stable_diffusion(), **{"guidance_scale": 5.0, **options})
     if lora is not None:
         policy.adapt(lora, seed)
     return policy
 
 
-def run(policy: UNetPolicy, **options: Any) -> Trajectory:
+def run(policy: LatentPolicy, **options: Any) -> Trajectory:
     return run_of(policy, PROMPTS, **options)
 
 
-def pictures(policy: UNetPolicy, **options: Any) -> Tensor:
+def pictures(policy: LatentPolicy, **options: Any) -> Tensor:
     return pictures_of(policy, PROMPTS, **options)
 
 

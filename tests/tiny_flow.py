@@ -61,7 +61,29 @@ def flux(seed: int = 0, guidance_embeds: bool = True, transformer: dict[str, Any
     return _quiet(pipe)
 
 
-FAMILIES = {"StableDiffusion3Pipeline": sd3, "FluxPipeline": flux}
+def z_image(seed: int = 0, transformer: dict[str, Any] | None = None, **scheduler: Any) -> Any:
+    """`scheduler` overrides Z-Image's scheduler configuration."""
+    from diffusers import ZImagePipeline, ZImageTransformer2DModel
+    from transformers import Qwen3Config, Qwen3Model
+
+    torch.manual_seed(seed)
+    config = dict(
+        in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16, axes_dims=[4, 6, 6],
+        axes_lens=[64, 16, 16],
+    )  # fmt: skip
+    network, words = ZImageTransformer2DModel(**{**config, **(transformer or {})}), _chat_tokenizer()
+    language = Qwen3Config(
+        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=8, max_position_embeddings=64,
+    )  # fmt: skip
+    pipe = ZImagePipeline(
+        transformer=_awake(network), scheduler=_scheduler({"shift": 3.0, **scheduler}), vae=_vae(), text_encoder=Qwen3Model(language),
+        tokenizer=words,
+    )  # fmt: skip
+    return _quiet(pipe)
+
+
+FAMILIES = {"StableDiffusion3Pipeline": sd3, "FluxPipeline": flux, "ZImagePipeline": z_image}
 
 
 @torch.no_grad()
@@ -93,6 +115,19 @@ def _clip_tokenizer() -> Any:
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer(vocab={w: i for i, w in enumerate(WORDS)}, merges=[], model_max_length=16)
+
+
+def _chat_tokenizer() -> Any:
+    """Letter by letter, with a template for chats."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {letter: i for i, letter in enumerate(["<pad>", "<unk>", "<user>", " ", *LETTERS])}
+    letters = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    letters.pre_tokenizer = pre_tokenizers.Split(Regex("<user>|."), "isolated")
+    words = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>", unk_token="<unk>")
+    words.chat_template = "{% for message in messages %}<user>{{ message.content }}{% endfor %}"
+    return words
 
 
 def _t5() -> tuple[Any, Any]:

@@ -1,0 +1,198 @@
+"""The policy that every pipeline on the latents of a VAE is: families of UNets and of transformers fill it in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from diffalign import lora
+from diffalign.cache import Shelf, fingerprint
+from diffalign.errors import InputError
+from diffalign.noise import draw_noise
+from diffalign.pipelines.common import TextCache, adapter_off, decode_images, embed_images, frozen_copy
+from diffalign.types import Condition, Level, Modality, NoisePath, PictureField, Prompts
+
+Named = Mapping[str, Tensor]
+
+
+def without_and_with(condition: Condition) -> list[Named]:
+    """The branches of classifier-free guidance, in diffusers' order: unconditional, conditional."""
+    assert condition.null is not None
+    return [condition.null, condition.tensors]
+
+
+def classifier_free(outputs: Sequence[Tensor], text_scale: float, image_scale: float) -> Tensor:
+    """`e(0) + s (e(c) - e(0))`, arXiv 2207.12598."""
+    unconditional, conditional = outputs
+    return unconditional + text_scale * (conditional - unconditional)
+
+
+def nothing(prompts: Prompts) -> tuple[Named, Named]:
+    """What a network of text alone is shown besides, and in the unconditional branch."""
+    return {}, {}
+
+
+@dataclass
+class LatentPolicy:
+    """A diffusers pipeline as a policy. Latents (B, C, H/8, W/8), images (B, 3, H, W) in [0, 1].
+
+    The pipeline's modules are used as they are, never copied; what trains is `pipe.<component>`. `network(x_t, t, tensors)` runs it, t
+    (B,) being diffusers' timesteps. `show(prompts)` is what it is shown besides text, with guidance and in the unconditional branch.
+    `branches` and `mix` are its guidance; `told` is the guidance that a distilled network is told. `zeros_for_none`: without a negative
+    prompt the unconditional branch is zeros. `encoders` are the pipeline's text encoders, each with its tokenizer, `tokens` the length
+    of a text where it can be chosen. The network computes in `dtype`, and came in `arrived`. `notes` are what a person should be told.
+    """
+
+    pipe: Any
+    component: str
+    lora_targets: list[str]
+    network: Callable[[Tensor, Tensor, Named], Tensor]
+    path: NoisePath
+    texts: TextCache
+    encoders: Mapping[str, str]
+    guidance_scale: float
+    negative_prompt: str | None
+    height: int
+    width: int
+    dtype: torch.dtype
+    arrived: torch.dtype = torch.float32
+    takes: tuple[PictureField, ...] = ()
+    show: Callable[[Prompts], tuple[Named, Named]] = nothing
+    branches: Callable[[Condition], list[Named]] = without_and_with
+    mix: Callable[[Sequence[Tensor], float, float], Tensor] = classifier_free
+    image_guidance_scale: float = 1.0
+    told: float | None = None
+    zeros_for_none: bool = False
+    tokens: int | None = None
+    notes: tuple[str, ...] = ()
+    frozen: Any = field(default=None, repr=False)
+
+    @property
+    def modality(self) -> Modality:
+        return "image"
+
+    @property
+    def module(self) -> Any:
+        """The network that trains."""
+        return getattr(self.pipe, self.component)
+
+    def adapt(self, settings: lora.LoRA, seed: int = 0) -> None:
+        """Put a trainable LoRA on the network."""
+        lora.attach(self.pipe, self.component, settings, self.lora_targets, seed)
+
+    def unfreeze(self) -> None:
+        """Train every weight of the network, in fp32; a frozen copy stays behind as the reference."""
+        self.frozen = frozen_copy(self.module)
+        self.module.float().requires_grad_(True)
+
+    def release(self) -> None:
+        """Leave the pipeline on one device, and in the dtype in which its network came, so that it can be called as before."""
+        kind = self.arrived if self.frozen is None else torch.float32
+        for module in self.pipe.components.values():
+            if isinstance(module, nn.Module):
+                module.to(self.module.device)
+                if module.dtype != kind:
+                    module.to(kind)
+
+    def save(self, folder: Path) -> None:
+        """Write what plain diffusers loads: a LoRA, or after full fine-tuning the network's folder."""
+        if self.frozen is None:
+            lora.save(self.pipe, self.component, folder)
+        else:
+            self.module.save_pretrained(folder)
+
+    @torch.no_grad()
+    def encode(self, prompts: Prompts) -> Condition:
+        """Text embeddings, from the cache where they are known, and what the family shows of pictures, masks and sizes.
+
+        Raises InputError for prompts without the pictures that the family takes.
+        """
+        texts = self.texts(prompts.text)
+        shown, unshown = self.show(prompts)
+        if self.guidance_scale <= 1:
+            return Condition({**texts, **shown}, guidance_scale=self.told or 1.0)  # stored trajectories record it
+        return Condition({**texts, **shown}, {**self._no_text(texts), **unshown}, self.guidance_scale)
+
+    def _no_text(self, texts: Named) -> dict[str, Tensor]:
+        """The unconditional branch's embeddings: of the negative prompt; without one of the empty text, or zeros."""
+        if self.negative_prompt is None and self.zeros_for_none:
+            return {name: torch.zeros_like(value) for name, value in texts.items()}
+        row = self.texts([self.negative_prompt or ""])
+        return {name: row[name].expand_as(value) for name, value in texts.items()}
+
+    def blind(self, condition: Condition, rows: Tensor) -> Condition:
+        """The condition with no source in `rows`, bool (B,): what a model that is guided towards the source is trained on too."""
+        if self.takes != ("image",):
+            raise InputError("Only a pipeline that edits pictures is trained without them: StableDiffusionInstructPix2PixPipeline.")
+        source = condition.tensors["source"]
+        unseen = rows.to(source.device)[:, None, None, None]
+        return replace(condition, tensors={**condition.tensors, "source": source.masked_fill(unseen, 0.0)})
+
+    def prior(self, condition: Condition, rng: Generator | None = None) -> Tensor:
+        """x_T ~ N(0, I), (B, *latent)."""
+        channels, factor = self.pipe.vae.config.latent_channels, self.pipe.vae_scale_factor
+        shape = (len(condition), channels, self.height // factor, self.width // factor)
+        return draw_noise(shape, condition.tensors["encoder_hidden_states"], rng)
+
+    def predict(self, x_t: Tensor, at: Level, condition: Condition) -> Tensor:
+        """The network's guided output in fp32, (B, *latent); with guidance all branches go through in one call."""
+        t = at.t.to(x_t.device, x_t.dtype).expand(len(x_t))
+        if condition.null is None:
+            return self._call(x_t, t, condition.tensors)
+        branches = self.branches(condition)
+        n, tensors = len(branches), {name: torch.cat([branch[name] for branch in branches]) for name in condition.tensors}
+        outputs = self._call(torch.cat([x_t] * n), torch.cat([t] * n), tensors).chunk(n)
+        return self.mix(outputs, condition.guidance_scale, self.image_guidance_scale)
+
+    def _call(self, x_t: Tensor, t: Tensor, tensors: Named) -> Tensor:
+        # Each weight is used once a call, and older torch handed a step with a graph the casts made without one: no cache.
+        half = self.dtype != torch.float32
+        with torch.autocast(x_t.device.type, self.dtype if half else None, enabled=half, cache_enabled=False):
+            return self.network(x_t, t, tensors).to(x_t.dtype)
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        """Latents to images (B, 3, H, W) in [0, 1], fp32, computed in the VAE's dtype, with a graph where one is wanted."""
+        return decode_images(self.pipe.vae, x_0)
+
+    def embed(self, media: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] to x_0, fp32: the mode of the VAE's posterior."""
+        return embed_images(self.pipe.vae, media)
+
+    def shelve(self, root: Path) -> Shelf:
+        """Keep text embeddings under `root` from now on; the shelf there of the VAE's latents of pictures of this size.
+
+        Both are named after what they are computed with, so a shelf of another model, or of another precision, is another one.
+        """
+        marks = [] if self.tokens is None else [f"{self.tokens}"]
+        for encoder, tokenizer in self.encoders.items():
+            module, words = getattr(self.pipe, encoder), getattr(self.pipe, tokenizer)
+            marks.append("none" if module is None else fingerprint(module, sorted(words.get_vocab().items()), words.model_max_length))
+        self.texts.shelf = Shelf(root / "texts" / "-".join(marks))
+        statistics = [self.pipe.vae.config.get(name) for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")]
+        mark = fingerprint(self.pipe.vae, *(value for value in statistics if value is not None))
+        return Shelf(root / "latents" / f"{mark}-{self.height}x{self.width}")
+
+    @contextmanager
+    def _base(self) -> Iterator[None]:
+        if self.frozen is not None:
+            trained = self.module
+            setattr(self.pipe, self.component, self.frozen)
+            try:
+                yield
+            finally:
+                setattr(self.pipe, self.component, trained)
+        elif getattr(self.module, "peft_config", None):
+            with adapter_off(self.module):
+                yield
+        else:
+            yield
+
+    def reference(self) -> AbstractContextManager[None]:
+        """The base model while the block runs: LoRA switched off, or the frozen copy in the network's place."""
+        return self._base()
