@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Generator, Tensor
 
 import diffalign
@@ -19,7 +20,7 @@ from diffalign.rewards.shapes import ShapesChecker
 from diffalign.types import Prompts
 
 FOLDER = registry.MODELS["shapes-flow"]
-CAPTIONS = tuple(map(shapes.caption, shapes.split()[1][::2]))
+CAPTIONS = tuple(map(shapes.caption, shapes.split()[1][:256]))  # both sizes of 128 combinations
 
 
 @functools.cache
@@ -41,16 +42,20 @@ def test_its_prompts_are_those_of_shapes():
 
 
 def test_guidance_1_draws_clean_pictures_that_are_often_not_what_was_asked_for():
+    """On all 512 prompts, four noises: clean 0.77, colour 0.57, all 0.14. Half as many prompts and one noise leave 0.03 of doubt."""
     policy = StableDiffusion3.of(pipeline(), guidance_scale=1.0, max_sequence_length=1)
     found = rates(sample(policy, list(CAPTIONS), steps=10, seed=0, batch_size=64), CAPTIONS)
-    assert 0.06 <= found["all"] <= 0.3, found
-    assert found["clean"] >= 0.78, found
+    assert 0.08 <= found["all"] <= 0.25, found
+    assert found["clean"] >= 0.7, found
 
 
-def test_the_pipelines_own_call_draws_them_too():
-    """With 256 empty tokens in the place of T5's, as it has by default, and 28 steps."""
+def test_diffusers_alone_draws_them_too():
+    """With 256 empty tokens in the place of T5's, as its call has by default."""
+    from diffusers import StableDiffusion3Pipeline
+
     rng = Generator().manual_seed(0)
-    made = pipeline()(list(CAPTIONS[::8]), guidance_scale=1.0, num_inference_steps=10, generator=rng, output_type="pt").images
+    pipe: Any = StableDiffusion3Pipeline.from_pretrained(FOLDER, text_encoder_3=None, tokenizer_3=None, dtype=torch.float32)
+    made = pipe(list(CAPTIONS[::8]), guidance_scale=1.0, num_inference_steps=10, generator=rng, output_type="pt").images
     assert rates(made, CAPTIONS[::8])["clean"] >= 0.7
 
 
@@ -63,14 +68,14 @@ def test_its_settings_go_over_those_of_a_methods_row():
 
 
 SHORT: dict[str, dict[str, Any]] = {
-    "flow-grpo": {"reward": "jpeg-compressibility", "steps": 12},
-    "draft": {"reward": "shapes-clip", "steps": 12},
+    "flow-grpo": {"reward": "jpeg-compressibility", "steps": 8, "batch_size": 16, "batches": 1},
+    "draft": {"reward": "shapes-clip", "steps": 16, "batch_size": 16},
 }
 
 
 @pytest.mark.parametrize("method", [*SHORT])
 def test_a_short_training_raises_the_held_out_reward(method: str, tmp_path: Path):
-    """With the model's own settings, but a few steps: the 95% interval of the paired difference is above 0."""
+    """With the model's own settings, but little of it: the 95% interval of the paired difference is above 0."""
     run = diffalign.align("shapes-flow", method=method, eval_size=128, sample_every=10**6, output=tmp_path / "run", **SHORT[method])
     low, _ = run.evaluation["rewards"][SHORT[method]["reward"]]["interval"]
     assert low > 0, run.evaluation["rewards"]
