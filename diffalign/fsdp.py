@@ -1,4 +1,4 @@
-"""FSDP2: processes share a network out, with its gradients and the optimiser's states; each holds a part of every tensor."""
+"""FSDP2: processes share a network out, with its gradients and the optimiser's states, and each holds a part of every tensor."""
 
 from __future__ import annotations
 
@@ -42,17 +42,16 @@ def whole(tree: Any) -> Any:
     from torch.distributed.tensor import DTensor
 
     if isinstance(tree, DTensor):
-        full = tree.detach().full_tensor()
+        sharded: Any = tree.detach()
+        full = sharded.full_tensor()
         return full.cpu() if torch.distributed.get_rank() == 0 else None
     if isinstance(tree, dict):
         return {key: whole(value) for key, value in tree.items()}
     return [whole(value) for value in tree] if isinstance(tree, list | tuple) else tree
 
 
-def part(value: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a whole tensor, sharded like another, which may be a plain one."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
+def part(value: Tensor, like: Any) -> Tensor:
+    """This process's part of a whole tensor, sharded as another of its shape is. Nothing is sent: every process has the whole one."""
+    from torch.distributed.tensor import distribute_tensor
 
-    if not isinstance(like, DTensor):
-        return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -275,7 +275,7 @@ def _fresh_name(plan: Plan) -> Path:
 def _in_words(plan: Plan, prompts: list[Prompt], training: Training, run: Run) -> str:
     s, count = plan.settings, training.context.processes.count
     size = sum(p.numel() for p in training.parameters.values())
-    what = f"all weights{', shared out' * s.fsdp}" if s.full else f"a LoRA of rank {s.lora.rank}"
+    what = f"all weights{', sharded' * s.fsdp}" if s.full else f"a LoRA of rank {s.lora.rank}"
     source = training.stream.source
     seen = f"{plan.reward_name}: {len(prompts)} prompts" if isinstance(source, PromptList) else f"{s.data}: {len(source):,} examples"
     return (

@@ -22,13 +22,14 @@ import diffalign
 from diffalign.config import check_needs, resolve
 from diffalign.data import PromptList, Stream
 from diffalign.errors import InputError
-from diffalign.models import load_pipeline, prepare_to_train
+from diffalign.models import load_pipeline, make_policy, prepare_to_train
+from diffalign.preflight import preflight
 from diffalign.processes import make_accelerator
 from diffalign.settings import Settings
 from diffalign.types import ALONE, Context, Method, Processes
 
 ALL: dict[str, Any] = {
-    "full": True, "steps": 3, "learning_rate": 1e-4, "sample_steps": 1, "sample_every": 100, "checkpoint_every": 1, "keep_checkpoints": 9,
+    "full": True, "steps": 3, "learning_rate": 3e-5, "sample_steps": 1, "sample_every": 100, "checkpoint_every": 1, "keep_checkpoints": 9,
     "lr_schedule": "constant", "device": "cpu",
 }  # fmt: skip
 # The backward pass runs the network again, and each block in it; the base model's calls lie between; two losses make a step.
@@ -77,7 +78,7 @@ for name, call in json.loads(sys.argv[1]).items():
 
 @dataclass(frozen=True)
 class Ran:
-    """`RUNS` in one process (one/) and in two (two/), which went on from step 2 too (resumed/); handed-on/: as they were at step 2."""
+    """`RUNS` in one process (one/) and in two (two/); these as they were at step 2 (handed-on/), and gone on from there (resumed/)."""
 
     folder: Path
     done: subprocess.CompletedProcess[str]
@@ -93,6 +94,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
         diffalign.align(method=name, batch_size=4, output=folder / "one" / name, **call)
     done = torchrun("work.py", json.dumps(calls), folder=folder)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "all weights, sharded (2,224,280 weights), 3 steps, 2 samples x 2 batches x 2 processes = 8 a step" in done.stderr
     return Ran(folder, done)
 
 
@@ -115,7 +117,7 @@ def test_processes_that_share_the_network_out_train_the_weights_of_one(ran: Ran,
     one, two = ran.folder / "one" / name, ran.folder / "two" / name
     assert apart(weights(one), weights(two)) < 1e-5
     begun = {key: x for key, x in checkpoint(one, 0).items() if "/parameters/" in key}
-    assert apart(begun, {key: x for key, x in checkpoint(one).items() if key in begun}) > 1e-4, "the weights moved"
+    assert apart(begun, {key: x for key, x in checkpoint(one).items() if key in begun}) > 5e-5, "the weights moved"
     for ours, theirs in zip(diffalign.load(two).metrics, diffalign.load(one).metrics, strict=True):
         for metric in theirs.keys() & {"loss", "reward", "reward_std", "drift", "margin", "grad_norm", "reward_queries", "network_samples"}:
             assert ours[metric] == pytest.approx(theirs[metric], rel=1e-3, abs=1e-6), metric
@@ -153,7 +155,7 @@ def test_the_first_process_saves_what_diffusers_loads(ran: Ran):
     assert apart(dict(loaded.state_dict()), weights(two.parent)) == 0
     assert len(diffalign.load(two.parent).sample(["a red circle"], output=ran.folder / "samples")) == 2
     ours, theirs = (json.loads((path.parent / "eval.json").read_text())["rewards"]["shapes-clip"] for path in (two, one))
-    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert (ours["before"], ours["after"]) == pytest.approx((theirs["before"], theirs["after"]), abs=1e-4)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -228,6 +230,14 @@ def test_methods_on_uneven_shares_are_refused(method: str):
     says = f"fsdp: with {method} one process .* take one of .*draft.*rwr"
     with pytest.raises(InputError, match=says):
         check_needs(resolve({"method": method, "full": True, "fsdp": True, "reward": "shapes-clip"}))
+
+
+def test_a_check_has_the_whole_network():
+    plan = resolve({"method": "draft", "full": True, "fsdp": True, "reward": "shapes-clip", "device": "cpu"})
+    policy = make_policy(plan.settings)
+    found = next(finding for finding in preflight(plan, policy, ["a red circle"]) if finding.name == "fsdp")
+    assert found.text == "one process works here, with the whole network: what is said of memory is of that"
+    assert policy.plain is None
 
 
 def test_one_process_a_live_pipeline_and_other_adapters_are_refused(run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
