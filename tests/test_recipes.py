@@ -28,7 +28,7 @@ MODELS = {
     "ip2p": ("timbrooks/instruct-pix2pix", "StableDiffusionInstructPix2PixPipeline"),
     "sd35m": ("stabilityai/stable-diffusion-3.5-medium", "StableDiffusion3Pipeline"),
 }
-CUT = {"batches", "samples", "forwards", "pretrain_batches", "inference_steps", "first", "last"}  # by a dry run
+CUT = {"batches", "samples", "forwards", "pretrain_batches", "inference_steps", "first", "last", "k"}  # by a dry run
 
 
 def config_of(recipe: Path) -> dict[str, Any]:
