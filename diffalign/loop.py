@@ -186,6 +186,7 @@ def train(training: Training, policy: Policy, method: Method, reward: CheckedRew
 
 def _updates(training: Training, policy: Policy, method: Method, reward: CheckedReward | None, settings: Settings) -> Iterator[Row]:
     context, sums, marks = training.context, defaultdict[str, list[float]](list), 0
+    training.optimizer.zero_grad()  # what others have left there is none of this training's
     while context.step < settings.steps:
         losses = method.losses(policy, reward, training.stream.next(), context)
         loss = next(losses, None)

@@ -160,23 +160,26 @@ class Trial:
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         average = [p.detach().clone() for p in parameters] if settings.ema else None
-        for p in parameters:  # the states are there from the second step on
-            p.grad = torch.zeros_like(p)
-        optimizer.step()
-        optimizer.zero_grad()
-        loss = self.loss(size)
-        if loss is None:
-            return None
-        if settings.accumulate > 1 or not loss.update:  # then gradients are there before the backward pass
-            for p in parameters:
+        try:
+            for p in parameters:  # the states are there from the second step on
                 p.grad = torch.zeros_like(p)
-        loss.value.backward()
-        gradients = [p.grad for p in parameters]
-        if all(gradient is None or bool(gradient.isfinite().all()) for gradient in gradients):  # NaN would reach the weights at any rate
             optimizer.step()
-        optimizer.zero_grad()
-        del average
-        return gradients
+            optimizer.zero_grad()
+            loss = self.loss(size)
+            if loss is None:
+                return None
+            if settings.accumulate > 1 or not loss.update:  # then gradients are there before the backward pass
+                for p in parameters:
+                    p.grad = torch.zeros_like(p)
+            loss.value.backward()
+            gradients = [p.grad for p in parameters]
+            if all(g is None or bool(g.isfinite().all()) for g in gradients):  # NaN would reach the weights at any rate
+                optimizer.step()
+            del average
+            return gradients
+        finally:  # also where memory ran out half-way through the backward pass: the training would begin with these
+            for p in parameters:
+                p.grad = None
 
     def peak(self, size: int) -> float | None:
         """Bytes of all tensors on the device, at the highest, in a step of `size` samples and in decoding as many."""
@@ -243,6 +246,9 @@ def largest(peak: Peak, sizes: Sequence[int], budget: float) -> tuple[int, float
         try:
             found = peak(size)
         except torch.OutOfMemoryError:
+            found = float("inf")
+        if found == float("inf"):
+            torch.cuda.empty_cache()  # only now: the error has held what was in use
             left = [n for n in left if n < size]
             continue
         if found is None:

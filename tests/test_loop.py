@@ -75,6 +75,14 @@ def test_accumulation_averages() -> None:
     assert row.boundary
 
 
+def test_gradients_that_lie_there_are_not_stepped_on() -> None:
+    training, rows = make(Rounds(), steps=1)
+    for p in training.parameters.values():
+        p.grad = torch.full_like(p, 100.0)
+    count = sum(p.numel() for p in training.parameters.values())
+    assert next(rows).metrics["grad_norm"] == pytest.approx(count**0.5, rel=1e-5)
+
+
 def test_the_step_is_adamw_on_the_clipped_gradient() -> None:
     training, rows = make(Rounds(), steps=1, max_grad_norm=0.5, learning_rate=0.1)
     before = {n: p.detach().clone() for n, p in training.parameters.items()}

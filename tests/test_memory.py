@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 import diffalign
 from diffalign import registry
@@ -159,6 +159,25 @@ def test_what_runs_out_of_memory_does_not_fit() -> None:
         return 1.0
 
     assert largest(peak, SIZES, 100) == (8, 1.0)
+
+
+def test_a_search_that_runs_out_of_memory_leaves_no_gradient() -> None:
+    """Out of memory half-way through the backward pass, where some weights have their gradient already."""
+
+    def full(module: nn.Module, given: Any, out: Any) -> None:
+        if len(out[0]) >= 4:
+            raise torch.OutOfMemoryError
+
+    tried = trial(memory_budget=100.0)
+    hook = tried.policy.pipe.unet.mid_block.register_full_backward_hook(full)
+    with pytest.raises(torch.OutOfMemoryError):
+        tried.step(4)
+    assert all(p.grad is None for p in tried.parameters)
+    plan, words = within_budget(tried)
+    hook.remove()
+    assert (plan.settings.batch_size, plan.settings.accumulate) == (2, 4)
+    assert "batches of 2, " in words
+    assert all(p.grad is None for p in tried.parameters)
 
 
 def test_methods_name_fields_of_theirs() -> None:
