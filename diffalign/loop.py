@@ -55,6 +55,10 @@ class Training:
     costs: Costs = field(default_factory=Costs)
     sharded: bool = False  # each process has a part of every parameter, of its gradient and of what is kept of it
 
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
+
     def anywhere(self, here: bool) -> bool:
         """Whether it is true in any process."""
         return any(all_of(here))
@@ -96,9 +100,8 @@ class Training:
         self.optimizer.load_state_dict(self._own_states(state["optimizer"]))
         self.schedule.load_state_dict(state["schedule"])
         if self.average is not None:
-            device = next(iter(self.parameters.values())).device
             pairs = zip(state["average"]["weights"], self.parameters.values(), strict=True)
-            self.average.shadow_params = [self._own(w.to(device), parameter) for w, parameter in pairs]
+            self.average.shadow_params = [self._own(w.to(self.device), parameter) for w, parameter in pairs]
             self.average.optimization_step = state["average"]["steps"]
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -280,5 +283,5 @@ def _costs(training: Training) -> dict[str, float]:
         **asdict(training.costs),
         "seconds": round(seconds, 4),
         "device_seconds": round(seconds * training.accelerator.num_processes, 4),
-        "peak_memory_mb": round(max(all_of(peak_memory_mb())), 1),
+        "peak_memory_mb": round(max(all_of(peak_memory_mb(training.device))), 1),
     }

@@ -21,7 +21,7 @@ from diffalign.config import Plan
 from diffalign.data import Prompt, Source, batch_of
 from diffalign.errors import InputError
 from diffalign.knobs import make_optimizer
-from diffalign.run import peak_memory_mb
+from diffalign.run import forget_peak, peak_memory_mb
 from diffalign.types import Context, Loss
 
 GB = 1e9
@@ -110,14 +110,13 @@ def taken(device: torch.device) -> Iterator[Taken]:
     held = Living(device).bytes
     with suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # what glibc keeps of freed memory would be filled first, unseen
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
+    forget_peak(device)
     try:
         before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
-        before = peak_memory_mb() * 1e6
+        before = peak_memory_mb(device) * 1e6
     yield real
-    real.peak = held + peak_memory_mb() * 1e6 - before
+    real.peak = held + peak_memory_mb(device) * 1e6 - before
 
 
 @dataclass(frozen=True)

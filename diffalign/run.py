@@ -9,7 +9,7 @@ import math
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -298,11 +298,20 @@ def _scaled(pipe: Any, lora_scale: float) -> Iterator[None]:
         pipe.set_adapters("default", 1.0)
 
 
-def peak_memory_mb() -> float:
-    """Peak memory of the process so far, in MB of 10^6 bytes: on the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e6
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory of the process so far, in MB of 10^6 bytes: on this device where it is a GPU of CUDA, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
     import resource  # not on Windows
 
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def forget_peak(device: torch.device) -> None:
+    """From now on `peak_memory_mb` is the peak from now on; of resident memory only Linux can do so."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

@@ -28,7 +28,7 @@ from diffalign.memory import Trial, within_budget
 from diffalign.models import adapter_of, class_of, make_policy, prepare_to_train
 from diffalign.processes import failed_before, least_of_all, make_accelerator, mesh_of, one_for_all
 from diffalign.report import curve
-from diffalign.run import Run
+from diffalign.run import Run, forget_peak
 from diffalign.settings import LIVE
 
 PICTURES = 8
@@ -135,6 +135,7 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
         training = prepare(policy, settings, PromptList(prompts, policy), accelerator, data[0])
     else:
         training = prepare(policy, settings, data[0], accelerator)
+    forget_peak(training.device)  # what was before, such as a budget's search, is no part of the training
     if resume:
         state, damaged = run.newest_checkpoint()
         for folder in damaged:
