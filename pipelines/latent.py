@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -150,7 +150,7 @@ class LatentPolicy:
         Raises InputError for prompts without the pictures that the family takes.
         """
         texts = self.texts(prompts.text)
-        with self._vae():
+        with self._vae() if self.takes else nullcontext():
             shown, unshown = self.show(prompts)
         if self.guidance_scale <= 1:
             return Condition({**texts, **shown}, guidance_scale=self.told or 1.0)  # stored trajectories record it
