@@ -151,6 +151,7 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
     ours = pipe is None
     pipe = open_pipeline(settings, DTYPES[precision]) if ours else pipe
     adapter = adapter_of(type(pipe).__name__)
+    came = {name: module.dtype for name, module in pipe.components.items() if isinstance(module, torch.nn.Module)}
     policy = adapter.of(
         pipe,
         guidance_scale=settings.guidance_scale,
@@ -163,7 +164,13 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
     )
     if settings.full:
         policy.dtype = DTYPES[settings.precision]
-    knobs.install(policy, settings)
+    if not ours:
+        policy.came = came
+    try:
+        knobs.install(policy, settings)
+    except InputError:
+        policy.release()
+        raise
     parts = sources.pickled(Path(pipe.name_or_path)) if ours and pipe.name_or_path else []
     if parts:
         policy.notes = (*policy.notes, f"The weights of {', '.join(parts)} are .bin files: loaded weights-only, nothing in them was run.")
