@@ -27,15 +27,32 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def device_of(settings: Settings) -> torch.device:
-    """The device that was asked for, or the first of cuda, mps and cpu."""
+    """The device that was asked for, or the first of cuda, mps and cpu; raises InputError for one that does not work.
+
+    It is tried, which takes memory of the GPU that the process is on: of several processes each must be on its own by then.
+    """
     if settings.device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device(device_type(settings))
     try:
         number = torch.zeros(1, device=settings.device)
         number.item()  # 'meta' and its like hold no numbers
         return number.device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"The device '{settings.device}' cannot be used here: {str(error).splitlines()[0]}") from error
+        raise _unusable(settings, error) from error
+
+
+def device_type(settings: Settings) -> str:
+    """What kind of device `device_of` gives; the device itself is left alone. Raises InputError for a name that is none."""
+    if settings.device is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.device(settings.device).type
+    except RuntimeError as error:
+        raise _unusable(settings, error) from error
+
+
+def _unusable(settings: Settings, error: Exception) -> InputError:
+    return InputError(f"The device '{settings.device}' cannot be used here: {str(error).splitlines()[0]}")
 
 
 def adapter_of(class_name: str) -> Any:

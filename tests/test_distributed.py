@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import PartialState
 from by_hand import gradient
 from safetensors.torch import load_file
 from torch import Generator, Tensor
@@ -21,6 +22,7 @@ from toy import Network, Toy, diffusion, in_processes, move, nearness
 
 import diffalign
 from diffalign import session
+from diffalign import tiny as dry_run
 from diffalign.cli import main
 from diffalign.config import resolve
 from diffalign.data import PromptList, Stream
@@ -330,6 +332,25 @@ def test_processes_that_do_not_join_are_refused(monkeypatch: pytest.MonkeyPatch)
         make_accelerator(Settings(device="cpu"))
     with pytest.raises(InputError, match="device is cpu:0, and 2 processes were started"):
         make_accelerator(Settings(device="cpu:0"))
+
+
+def test_no_gpu_is_touched_before_the_process_has_its_own(monkeypatch: pytest.MonkeyPatch):
+    """Else every process of a machine would hold some of the first GPU's memory."""
+    asked: list[str] = []
+
+    def zeros(*size: int, device: str) -> None:
+        asked.append(f"{device}, accelerate has begun: {bool(PartialState._shared_state)}")
+        raise RuntimeError("out of reach")
+
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    monkeypatch.setattr(torch, "zeros", zeros)
+    plan = dry_run.cut(resolve({"method": "draft", "device": "cuda", "tiny": True}))
+    assert asked == []
+    with pytest.raises(InputError, match="'cuda' cannot be used here: out of reach"):
+        make_accelerator(plan.settings)
+    assert asked == ["cuda, accelerate has begun: True"]
+    with pytest.raises(InputError, match="'gpu' cannot be used here"):
+        make_accelerator(Settings(device="gpu"))
 
 
 def test_a_batch_is_shared_or_refused():
