@@ -249,8 +249,11 @@ def _backward(training: Training, loss: Loss, settings: Settings, sums: dict[str
         sums[name].append(float(value))
 
 
-def _step(training: Training, settings: Settings) -> float:
-    """Average the gradients over the processes, clip, step; the gradient's norm before clipping."""
+def _step(training: Training, settings: Settings) -> dict[str, float]:
+    """Average the gradients over the processes, clip, step; what is logged of it, the gradient's norm being before clipping.
+
+    A step that the scaler of fp16 skips, since gradients overflowed, counts as one: it is `skipped`, and only the scale changes.
+    """
     accelerator, parameters = training.accelerator, list(training.parameters.values())
     if not training.sharded:  # where they are, the backward pass has averaged them
         average_gradients(parameters, accelerator)
@@ -260,18 +263,20 @@ def _step(training: Training, settings: Settings) -> float:
         raise InputError(f"The gradient of step {training.context.step + 1} is not finite: lower --learning-rate, or use fp32.")
     training.optimizer.step()
     training.optimizer.zero_grad()
-    training.schedule.step()
-    if training.average is not None:
-        training.average.step(parameters)
+    skipped = accelerator.optimizer_step_was_skipped
+    if not skipped:
+        training.schedule.step()
+        if training.average is not None:
+            training.average.step(parameters)
     training.context.step += 1
-    return norm
+    return {"grad_norm": norm, **({} if accelerator.scaler is None else {"skipped": float(skipped)})}
 
 
-def _row(training: Training, sums: Mapping[str, list[float]], grad_norm: float) -> dict[str, float]:
+def _row(training: Training, sums: Mapping[str, list[float]], step: Mapping[str, float]) -> dict[str, float]:
     return {
         "step": training.context.step,
         **average_metrics(sums),
-        "grad_norm": grad_norm,
+        **step,
         "learning_rate": training.schedule.get_last_lr()[0],
     }
 

@@ -91,7 +91,7 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, float]]:
-        """The rows of metrics.jsonl, one an optimiser step."""
+        """The rows of metrics.jsonl, one an optimiser step; a value is None where it was not finite."""
         file = self.path / "metrics.jsonl"
         try:
             return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
@@ -260,8 +260,10 @@ class Run:
         return read_file(self.path / "prompts" / f"{part}.jsonl", root=None)
 
     def append_metrics(self, row: Mapping[str, float]) -> None:
+        """Add a row; a number that is not finite, such as the norm of a gradient that overflowed in fp16, is null: JSON has none."""
+        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
         with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
 
     def rewind_metrics(self, step: int) -> None:
         """Drop the rows after `step`, and one cut short by a kill: a resumed run writes them again."""

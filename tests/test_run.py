@@ -327,6 +327,18 @@ def test_a_live_pipeline_holds_what_was_saved_and_knows_its_base(flags: dict[str
     assert side.crop((60, 40, side.width, 40 + height)).tobytes() != side.crop((60, 40 + height, side.width, side.height)).tobytes()
 
 
+def test_a_number_that_is_not_finite_is_null_in_the_metrics(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", {})
+    run.append_metrics({"step": 1, "loss": 0.5, "grad_norm": float("inf"), "reward": float("nan")})
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    (line,) = (run.path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=refuse) == {"step": 1, "loss": 0.5, "grad_norm": None, "reward": None}
+    assert run.metrics[0]["grad_norm"] is None
+
+
 def kinds_of(pipe: Any) -> dict[str, torch.dtype]:
     return {name: module.dtype for name, module in pipe.components.items() if isinstance(module, torch.nn.Module)}
 
