@@ -18,8 +18,13 @@ WEIGHTLESS = ("Scheduler", "Tokenizer", "Processor", "FeatureExtractor")
 
 
 def class_of(source: str, revision: str | None = None) -> str:
-    """The class of a pipeline by its name, folder or Hub id: from model_index.json alone. Raises InputError where there is none."""
+    """The class of a pipeline by its name, folder or Hub id: from model_index.json alone.
+
+    Raises InputError where there is none, and for a `revision` of what is not on the Hub.
+    """
     path = registry.locate(source)
+    if path is not None and revision is not None:
+        raise InputError(f"revision is {revision}, and the model '{source}' is here, not on the Hub: it has none. Drop --revision.")
     return _index(_fetched(source, revision) if path is None else path / "model_index.json")["_class_name"]
 
 

@@ -265,6 +265,16 @@ def test_a_model_on_the_hub_is_asked_for_safetensors_first_and_its_files_are_che
         load_pipeline(HUB_ID)
 
 
+def test_only_a_model_on_the_hub_has_revisions(files: Path, run_cli: Any):
+    for source in ("shapes", str(files / "model")):
+        with pytest.raises(InputError, match=f"revision is v9, and the model '{source}' is here, not on the Hub.*Drop --revision"):
+            load_pipeline(source, "v9")
+    outcome = run_cli("check", "--revision", "v9", "--prompts", "shapes")
+    assert outcome.status == 2
+    assert outcome.err.count("\n") == 1
+    assert "revision is v9" in outcome.err
+
+
 HUB = """
 import sys, threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
