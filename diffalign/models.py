@@ -112,7 +112,10 @@ def load_pipeline(source: str, revision: str | None = None, dtype: torch.dtype =
             return pipeline_class.from_pretrained(str(where), dtype={"default": dtype, "vae": torch.float32}, **absent)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"The model in {where} does not load: {reason} Fetch or save it again.") from error
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in reason:
+            raise  # nothing is wrong with the files
+        mend = "Install the package that is missing." if isinstance(error, ImportError) else "Fetch or save it again."
+        raise InputError(f"The model in {where} does not load: {reason} {mend}") from error
 
 
 def class_of(settings: Settings, pipe: Any = None) -> str:

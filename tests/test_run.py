@@ -339,7 +339,7 @@ def test_a_number_that_is_not_finite_is_null_in_the_metrics(tmp_path: Path) -> N
     assert run.metrics[0]["grad_norm"] is None
 
 
-def kinds_of(pipe: Any) -> dict[str, torch.dtype]:
+def kinds_of(pipe: Any) -> dict[str, Any]:
     return {name: module.dtype for name, module in pipe.components.items() if isinstance(module, torch.nn.Module)}
 
 
@@ -351,7 +351,7 @@ def test_a_live_pipeline_is_given_back_in_the_dtypes_in_which_it_came(make: Any,
         getattr(pipe, name).to(torch.bfloat16)
     came = kinds_of(pipe)
     assert set(came.values()) == ({torch.bfloat16, torch.float32} if half else {torch.float32})
-    during: list[dict[str, torch.dtype]] = []
+    during: list[dict[str, Any]] = []
 
     def bright(images: torch.Tensor, prompts: Any) -> torch.Tensor:
         during.append(kinds_of(pipe))
