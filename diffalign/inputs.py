@@ -41,7 +41,7 @@ def open_data(plan: Plan, policy: Any, accelerator: Any = None) -> Data:
 
     if accelerator is None:
         return read()
-    with accelerator.main_process_first():  # it fills the cache that the others read
+    with accelerator.local_main_process_first():  # it fills the cache that the others read, which by default each machine has its own of
         return read()
 
 

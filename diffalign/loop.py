@@ -55,6 +55,10 @@ class Training:
     costs: Costs = field(default_factory=Costs)
     sharded: bool = False  # each process has a part of every parameter, of its gradient and of what is kept of it
 
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
+
     def anywhere(self, here: bool) -> bool:
         """Whether it is true in any process."""
         return any(all_of(here))
@@ -96,9 +100,8 @@ class Training:
         self.optimizer.load_state_dict(self._own_states(state["optimizer"]))
         self.schedule.load_state_dict(state["schedule"])
         if self.average is not None:
-            device = next(iter(self.parameters.values())).device
             pairs = zip(state["average"]["weights"], self.parameters.values(), strict=True)
-            self.average.shadow_params = [self._own(w.to(device), parameter) for w, parameter in pairs]
+            self.average.shadow_params = [self._own(w.to(self.device), parameter) for w, parameter in pairs]
             self.average.optimization_step = state["average"]["steps"]
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -186,6 +189,7 @@ def train(training: Training, policy: Policy, method: Method, reward: CheckedRew
 
 def _updates(training: Training, policy: Policy, method: Method, reward: CheckedReward | None, settings: Settings) -> Iterator[Row]:
     context, sums, marks = training.context, defaultdict[str, list[float]](list), 0
+    training.optimizer.zero_grad()  # what others have left there is none of this training's
     while context.step < settings.steps:
         losses = method.losses(policy, reward, training.stream.next(), context)
         loss = next(losses, None)
@@ -245,8 +249,11 @@ def _backward(training: Training, loss: Loss, settings: Settings, sums: dict[str
         sums[name].append(float(value))
 
 
-def _step(training: Training, settings: Settings) -> float:
-    """Average the gradients over the processes, clip, step; the gradient's norm before clipping."""
+def _step(training: Training, settings: Settings) -> dict[str, float]:
+    """Average the gradients over the processes, clip, step; what is logged of it, the gradient's norm being before clipping.
+
+    A step that the scaler of fp16 skips, since gradients overflowed, counts as one: it is `skipped`, and only the scale changes.
+    """
     accelerator, parameters = training.accelerator, list(training.parameters.values())
     if not training.sharded:  # where they are, the backward pass has averaged them
         average_gradients(parameters, accelerator)
@@ -256,18 +263,20 @@ def _step(training: Training, settings: Settings) -> float:
         raise InputError(f"The gradient of step {training.context.step + 1} is not finite: lower --learning-rate, or use fp32.")
     training.optimizer.step()
     training.optimizer.zero_grad()
-    training.schedule.step()
-    if training.average is not None:
-        training.average.step(parameters)
+    skipped = accelerator.optimizer_step_was_skipped
+    if not skipped:
+        training.schedule.step()
+        if training.average is not None:
+            training.average.step(parameters)
     training.context.step += 1
-    return norm
+    return {"grad_norm": norm, **({} if accelerator.scaler is None else {"skipped": float(skipped)})}
 
 
-def _row(training: Training, sums: Mapping[str, list[float]], grad_norm: float) -> dict[str, float]:
+def _row(training: Training, sums: Mapping[str, list[float]], step: Mapping[str, float]) -> dict[str, float]:
     return {
         "step": training.context.step,
         **average_metrics(sums),
-        "grad_norm": grad_norm,
+        **step,
         "learning_rate": training.schedule.get_last_lr()[0],
     }
 
@@ -279,5 +288,5 @@ def _costs(training: Training) -> dict[str, float]:
         **asdict(training.costs),
         "seconds": round(seconds, 4),
         "device_seconds": round(seconds * training.accelerator.num_processes, 4),
-        "peak_memory_mb": round(max(all_of(peak_memory_mb())), 1),
+        "peak_memory_mb": round(max(all_of(peak_memory_mb(training.device))), 1),
     }

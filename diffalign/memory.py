@@ -21,7 +21,7 @@ from diffalign.config import Plan
 from diffalign.data import Prompt, Source, batch_of
 from diffalign.errors import InputError
 from diffalign.knobs import make_optimizer
-from diffalign.run import peak_memory_mb
+from diffalign.run import forget_peak, peak_memory_mb
 from diffalign.types import Context, Loss
 
 GB = 1e9
@@ -111,14 +111,13 @@ def taken(device: torch.device) -> Iterator[Taken]:
     held = Living(device).bytes
     with suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # what glibc keeps of freed memory would be filled first, unseen
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
+    forget_peak(device)
     try:
         before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
-        before = peak_memory_mb() * 1e6
+        before = peak_memory_mb(device) * 1e6
     yield real
-    real.peak = held + peak_memory_mb() * 1e6 - before
+    real.peak = held + peak_memory_mb(device) * 1e6 - before
 
 
 @dataclass(frozen=True)
@@ -161,23 +160,26 @@ class Trial:
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         average = [p.detach().clone() for p in parameters] if settings.ema else None
-        for p in parameters:  # the states are there from the second step on
-            p.grad = torch.zeros_like(p)
-        optimizer.step()
-        optimizer.zero_grad()
-        loss = self.loss(size)
-        if loss is None:
-            return None
-        if settings.accumulate > 1 or not loss.update:  # then gradients are there before the backward pass
-            for p in parameters:
+        try:
+            for p in parameters:  # the states are there from the second step on
                 p.grad = torch.zeros_like(p)
-        loss.value.backward()
-        gradients = [p.grad for p in parameters]
-        if all(gradient is None or bool(gradient.isfinite().all()) for gradient in gradients):  # NaN would reach the weights at any rate
             optimizer.step()
-        optimizer.zero_grad()
-        del average
-        return gradients
+            optimizer.zero_grad()
+            loss = self.loss(size)
+            if loss is None:
+                return None
+            if settings.accumulate > 1 or not loss.update:  # then gradients are there before the backward pass
+                for p in parameters:
+                    p.grad = torch.zeros_like(p)
+            loss.value.backward()
+            gradients = [p.grad for p in parameters]
+            if all(g is None or bool(g.isfinite().all()) for g in gradients):  # NaN would reach the weights at any rate
+                optimizer.step()
+            del average
+            return gradients
+        finally:  # also where memory ran out half-way through the backward pass: the training would begin with these
+            for p in parameters:
+                p.grad = None
 
     def peak(self, size: int) -> float | None:
         """Bytes of all tensors on the device, at the highest, in a step of `size` samples and in decoding as many."""
@@ -244,6 +246,9 @@ def largest(peak: Peak, sizes: Sequence[int], budget: float) -> tuple[int, float
         try:
             found = peak(size)
         except torch.OutOfMemoryError:
+            found = float("inf")
+        if found == float("inf"):
+            torch.cuda.empty_cache()  # only now: the error has held what was in use
             left = [n for n in left if n < size]
             continue
         if found is None:

@@ -27,15 +27,32 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def device_of(settings: Settings) -> torch.device:
-    """The device that was asked for, or the first of cuda, mps and cpu."""
+    """The device that was asked for, or the first of cuda, mps and cpu; raises InputError for one that does not work.
+
+    It is tried, which takes memory of the GPU that the process is on: of several processes each must be on its own by then.
+    """
     if settings.device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device(device_type(settings))
     try:
         number = torch.zeros(1, device=settings.device)
         number.item()  # 'meta' and its like hold no numbers
         return number.device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"The device '{settings.device}' cannot be used here: {str(error).splitlines()[0]}") from error
+        raise _unusable(settings, error) from error
+
+
+def device_type(settings: Settings) -> str:
+    """What kind of device `device_of` gives; the device itself is left alone. Raises InputError for a name that is none."""
+    if settings.device is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.device(settings.device).type
+    except RuntimeError as error:
+        raise _unusable(settings, error) from error
+
+
+def _unusable(settings: Settings, error: Exception) -> InputError:
+    return InputError(f"The device '{settings.device}' cannot be used here: {str(error).splitlines()[0]}")
 
 
 def adapter_of(class_name: str) -> Any:
@@ -95,7 +112,10 @@ def load_pipeline(source: str, revision: str | None = None, dtype: torch.dtype =
             return pipeline_class.from_pretrained(str(where), dtype={"default": dtype, "vae": torch.float32}, **absent)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"The model in {where} does not load: {reason} Fetch or save it again.") from error
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in reason:
+            raise  # nothing is wrong with the files
+        mend = "Install the package that is missing." if isinstance(error, ImportError) else "Fetch or save it again."
+        raise InputError(f"The model in {where} does not load: {reason} {mend}") from error
 
 
 def class_of(settings: Settings, pipe: Any = None) -> str:
@@ -151,6 +171,7 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
     ours = pipe is None
     pipe = open_pipeline(settings, DTYPES[precision]) if ours else pipe
     adapter = adapter_of(type(pipe).__name__)
+    came = {name: module.dtype for name, module in pipe.components.items() if isinstance(module, torch.nn.Module)}
     policy = adapter.of(
         pipe,
         guidance_scale=settings.guidance_scale,
@@ -163,7 +184,13 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
     )
     if settings.full:
         policy.dtype = DTYPES[settings.precision]
-    knobs.install(policy, settings)
+    if not ours:
+        policy.came = came
+    try:
+        knobs.install(policy, settings)
+    except InputError:
+        policy.release()
+        raise
     parts = sources.pickled(Path(pipe.name_or_path)) if ours and pipe.name_or_path else []
     if parts:
         policy.notes = (*policy.notes, f"The weights of {', '.join(parts)} are .bin files: loaded weights-only, nothing in them was run.")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.errors import InputError
-from diffalign.models import device_of
+from diffalign.models import device_of, device_type
 from diffalign.settings import Settings
 
 BUCKET = 1 << 24  # numbers of one all-reduce
@@ -66,7 +66,7 @@ def make_accelerator(settings: Settings) -> Any:
     AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision="fp16" if settings.precision == "fp16" else "no",
-        cpu=device_of(settings).type == "cpu",
+        cpu=device_type(settings) == "cpu",
         log_with=list(settings.log) or None,
         project_dir="runs",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)] if count > 1 else None,
@@ -76,6 +76,7 @@ def make_accelerator(settings: Settings) -> Any:
             f"{count} processes were started, accelerate joins {accelerator.num_processes}: each would train by itself. Start them "
             "with torchrun, on GPUs or with --device cpu."
         )
+    device_of(settings)  # only now is the process on the GPU that is its own
     return accelerator
 
 
@@ -85,7 +86,7 @@ def mesh_of(settings: Settings) -> Any:
         return None
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh(device_of(settings).type, (started(),))
+    return init_device_mesh(device_type(settings), (started(),))
 
 
 def all_of(value: T) -> list[T]:

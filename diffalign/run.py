@@ -9,7 +9,7 @@ import math
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -91,7 +91,7 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, float]]:
-        """The rows of metrics.jsonl, one an optimiser step."""
+        """The rows of metrics.jsonl, one an optimiser step; a value is None where it was not finite."""
         file = self.path / "metrics.jsonl"
         try:
             return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
@@ -260,8 +260,10 @@ class Run:
         return read_file(self.path / "prompts" / f"{part}.jsonl", root=None)
 
     def append_metrics(self, row: Mapping[str, float]) -> None:
+        """Add a row; a number that is not finite, such as the norm of a gradient that overflowed in fp16, is null: JSON has none."""
+        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
         with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
 
     def rewind_metrics(self, step: int) -> None:
         """Drop the rows after `step`, and one cut short by a kill: a resumed run writes them again."""
@@ -298,11 +300,20 @@ def _scaled(pipe: Any, lora_scale: float) -> Iterator[None]:
         pipe.set_adapters("default", 1.0)
 
 
-def peak_memory_mb() -> float:
-    """Peak memory of the process so far, in MB of 10^6 bytes: on the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e6
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory of the process so far, in MB of 10^6 bytes: on this device where it is a GPU of CUDA, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
     import resource  # not on Windows
 
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def forget_peak(device: torch.device) -> None:
+    """From now on `peak_memory_mb` is the peak from now on; of resident memory only Linux can do so."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

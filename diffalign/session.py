@@ -28,7 +28,7 @@ from diffalign.memory import Trial, within_budget
 from diffalign.models import adapter_of, class_of, make_policy, prepare_to_train
 from diffalign.processes import failed_before, least_of_all, make_accelerator, mesh_of, one_for_all
 from diffalign.report import curve
-from diffalign.run import Run
+from diffalign.run import Run, forget_peak
 from diffalign.settings import LIVE
 
 PICTURES = 8
@@ -68,24 +68,25 @@ def start(
     prompts, eval_prompts = given_prompts(settings, prompts, eval_prompts)
     rewards = eval_rewards(plan)
     policy = make_policy(settings, live, train=False)
-    data = open_data(plan, policy, accelerator)
-    train_prompts, held_out = prompt_lists(settings, prompts, eval_prompts, data)
-    check_pictures([*train_prompts, *held_out], policy)
-    check_reward(plan, policy, train_prompts)
-    for steps in {plan.sample_steps, vars(plan.method).get("inference_steps", plan.sample_steps)}:
-        policy.path.schedule(steps)
-    prepare_to_train(policy, settings, mesh_of(settings))
-    if settings.memory_budget is not None:  # before the settings are recorded: a resumed run has the same batches
-        plan, found = within_budget(Trial(plan, policy, train_prompts, data[0] if data else None), least_of_all)
-        say(f"Memory budget {found}")
-    if accelerator.is_main_process:
-        run = Run.create(path, {**plan.config(), "processes": accelerator.num_processes}, live)
-        run.write_prompts("train", train_prompts)
-        run.write_prompts("heldout", held_out)
-    accelerator.wait_for_everyone()
-    run = Run.open(path, live)
-    with run.alone() if accelerator.is_main_process else nullcontext():
-        return drive(plan, run, policy, rewards, accelerator, data, resume=False)
+    with _given_back(policy, live):
+        data = open_data(plan, policy, accelerator)
+        train_prompts, held_out = prompt_lists(settings, prompts, eval_prompts, data)
+        check_pictures([*train_prompts, *held_out], policy)
+        check_reward(plan, policy, train_prompts)
+        for steps in {plan.sample_steps, vars(plan.method).get("inference_steps", plan.sample_steps)}:
+            policy.path.schedule(steps)
+        prepare_to_train(policy, settings, mesh_of(settings))
+        if settings.memory_budget is not None:  # before the settings are recorded: a resumed run has the same batches
+            plan, found = within_budget(Trial(plan, policy, train_prompts, data[0] if data else None), least_of_all)
+            say(f"Memory budget {found}")
+        if accelerator.is_main_process:
+            run = Run.create(path, {**plan.config(), "processes": accelerator.num_processes}, live)
+            run.write_prompts("train", train_prompts)
+            run.write_prompts("heldout", held_out)
+        accelerator.wait_for_everyone()
+        run = Run.open(path, live)
+        with run.alone() if accelerator.is_main_process else nullcontext():
+            return drive(plan, run, policy, rewards, accelerator, data, resume=False)
 
 
 def resume(path: str | Path, steps: int | None = None, pipe: Any = None, reward: Any = None) -> Run:
@@ -105,14 +106,25 @@ def resume(path: str | Path, steps: int | None = None, pipe: Any = None, reward:
     plan = _of_as_many(plan, state["batch_size"], accelerator.num_processes)
     rewards = eval_rewards(plan)
     policy = make_policy(plan.settings, pipe, train=False)
-    data = open_data(plan, policy, accelerator)
-    prepare_to_train(policy, plan.settings, mesh_of(plan.settings))
-    if steps is not None and steps < state["step"]:
-        raise InputError(f"{run.path} is at step {state['step']} already: give --steps {state['step']} or more.")
-    with run.alone() if accelerator.is_main_process else nullcontext():  # before anything in the folder is touched
-        if steps is not None and accelerator.is_main_process:
-            run.write_config({**run.config, "steps": steps})
-        return drive(plan, run, policy, rewards, accelerator, data, resume=True)
+    with _given_back(policy, pipe):
+        data = open_data(plan, policy, accelerator)
+        prepare_to_train(policy, plan.settings, mesh_of(plan.settings))
+        if steps is not None and steps < state["step"]:
+            raise InputError(f"{run.path} is at step {state['step']} already: give --steps {state['step']} or more.")
+        with run.alone() if accelerator.is_main_process else nullcontext():  # before anything in the folder is touched
+            if steps is not None and accelerator.is_main_process:
+                run.write_config({**run.config, "steps": steps})
+            return drive(plan, run, policy, rewards, accelerator, data, resume=True)
+
+
+@contextmanager
+def _given_back(policy: Any, live: Any) -> Iterator[None]:
+    """A live pipeline can be called as before, however the block ends."""
+    try:
+        yield
+    finally:
+        if live is not None:
+            policy.release()
 
 
 def _of_as_many(plan: Plan, batch_size: int, processes: int) -> Plan:
@@ -135,6 +147,7 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
         training = prepare(policy, settings, PromptList(prompts, policy), accelerator, data[0])
     else:
         training = prepare(policy, settings, data[0], accelerator)
+    forget_peak(training.device)  # what was before, such as a budget's search, is no part of the training
     if resume:
         state, damaged = run.newest_checkpoint()
         for folder in damaged:
@@ -181,8 +194,6 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.wait_for_everyone()  # the run is whole when the first process has written it
-    if run.live is not None:
-        policy.release()
     return Run(run.path, run.live, policy if run.live is not None else None)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,18 @@ from diffalign.errors import InputError
 DIFFUSERS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # in the order in which each library looks for them
 TRANSFORMERS = ("model.safetensors", "pytorch_model.bin")
 NAMES = {"diffusers": DIFFUSERS, "transformers": TRANSFORMERS}  # a class that comes with a pipeline may be either's
+OF_LIBRARIES = "Take a model whose parts are classes of diffusers and transformers."
 WEIGHTLESS = ("Scheduler", "Tokenizer", "Processor", "FeatureExtractor")
 
 
 def class_of(source: str, revision: str | None = None) -> str:
-    """The class of a pipeline by its name, folder or Hub id: from model_index.json alone. Raises InputError where there is none."""
+    """The class of a pipeline by its name, folder or Hub id: from model_index.json alone.
+
+    Raises InputError where there is none, and for a `revision` of what is not on the Hub.
+    """
     path = registry.locate(source)
+    if path is not None and revision is not None:
+        raise InputError(f"revision is {revision}, and the model '{source}' is here, not on the Hub: it has none. Drop --revision.")
     return _index(_fetched(source, revision) if path is None else path / "model_index.json")["_class_name"]
 
 
@@ -27,6 +33,7 @@ def folder_of(source: str, revision: str | None, pipeline_class: Any) -> Path:
     """The folder with a pipeline's files, downloaded where `source` is a Hub id, all of them there and whole; else raises InputError."""
     path = registry.locate(source)
     if path is None:
+        _refuse_code(_index(_fetched(source, revision)), source)  # what downloads it would say how to have it run
         try:
             # safetensors where every part has them, else .bin, which are read weights-only
             path = Path(pipeline_class.download(source, revision=revision, use_safetensors=None))
@@ -37,7 +44,9 @@ def folder_of(source: str, revision: str | None, pipeline_class: Any) -> Path:
 
 
 def check(folder: Path) -> None:
-    """Raise InputError for weights that are missing, cut short, or pickles of more than weights; of a folder in diffusers layout."""
+    """Raise InputError for parts that are programs, and for weights that are missing, cut short, or pickles of more than weights; of a
+    folder in diffusers layout."""
+    _refuse_code(_index(folder / "model_index.json"), folder)
     for part, files in _parts(folder):
         for file in files:
             if not file.is_file():
@@ -58,11 +67,29 @@ def pickled(folder: Path) -> list[str]:
 def _index(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
-        if not isinstance(found["_class_name"], str):
+        if not isinstance(found["_class_name"], str | list):
             raise TypeError
-        return found
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged: it names no pipeline class. Fetch or save the model again.") from error
+    if isinstance(found["_class_name"], list):
+        raise InputError(f"{path} names a pipeline class of the model's own code, which is not run. {OF_LIBRARIES}")
+    return found
+
+
+def _refuse_code(index: Mapping[str, Any], model: str | Path) -> None:
+    """Raise InputError for a part whose class is no library's, but in a file of the model."""
+    from diffusers import pipelines
+
+    for part, entry in index.items():
+        if part.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
+            continue
+        library, name = entry
+        file = f"{part}/{library}.py"
+        beside = isinstance(model, Path) and (model / file).is_file()  # diffusers takes it before a library of that name
+        if beside or not (library in NAMES or hasattr(pipelines, library)):
+            raise InputError(
+                f"The {part} of {model} is of the class {name} in the model's own code ({file}), which is not run. {OF_LIBRARIES}"
+            )
 
 
 def _fetched(source: str, revision: str | None) -> Path:

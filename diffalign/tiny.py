@@ -23,7 +23,7 @@ from diffalign.console import say
 from diffalign.data import PicturePrompt, Prompt
 from diffalign.errors import InputError
 from diffalign.media import data_uri, to_pil
-from diffalign.models import device_of
+from diffalign.models import device_type
 from diffalign.settings import Settings
 from diffalign.types import Data, PictureField
 
@@ -43,7 +43,7 @@ def cut(plan: Plan) -> Plan:
     """
     s, fields = plan.settings, vars(plan.method)
     fewer: dict[str, Any] = {name: min(vars(s)[name], most) for name, most in MOST.items()}
-    if device_of(s).type == "cpu":
+    if device_type(s) == "cpu":
         for name in ("precision", "vae_precision"):
             if vars(s)[name] != "fp32":
                 say(f"A CPU computes the dry run in fp32, in the place of {name} {vars(s)[name]}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -48,7 +48,8 @@ class LatentPolicy:
     (B,) being diffusers' timesteps. `show(prompts)` is what it is shown besides text, with guidance and in the unconditional branch.
     `branches` and `mix` are its guidance; `told` is the guidance that a distilled network is told. `zeros_for_none`: without a negative
     prompt the unconditional branch is zeros. `encoders` are the pipeline's text encoders, each with its tokenizer, `tokens` the length
-    of a text where it can be chosen. The network computes in `dtype`, and came in `arrived`. `notes` are what a person should be told.
+    of a text where it can be chosen. The network computes in `dtype`, and came in `arrived`, as did what `came` does not name
+    otherwise. `notes` are what a person should be told.
 
     The VAE works on at most `vae_batch_size` samples at a time; where it has a `vae_home`, it lives there and comes to work. `undo` is
     what a release takes back of the pipeline. Of a network that is shared out among processes `plain` is the skeleton.
@@ -67,6 +68,7 @@ class LatentPolicy:
     width: int
     dtype: torch.dtype
     arrived: torch.dtype = torch.float32
+    came: Mapping[str, torch.dtype] = field(default_factory=dict[str, torch.dtype])
     takes: tuple[PictureField, ...] = ()
     show: Callable[[Prompts], tuple[Named, Named]] = nothing
     branches: Callable[[Condition], list[Named]] = without_and_with
@@ -126,12 +128,12 @@ class LatentPolicy:
             setattr(self.pipe, self.component, trained)
 
     def release(self) -> None:
-        """Leave the pipeline on one device, in the dtype in which its network came, and without what the settings of memory and speed
-        changed in it, so that it can be called as before."""
+        """Leave the pipeline on one device, each component in the dtype in which it came, and without what the settings of memory and speed
+        changed in it, so that it can be called as before. Weights that all were trained stay fp32, and what works with them becomes it."""
         self.undo.close()
-        kind = self.arrived if self.frozen is None else torch.float32
-        for module in self.pipe.components.values():
+        for name, module in self.pipe.components.items():
             if isinstance(module, nn.Module):
+                kind = self.came.get(name, self.arrived) if self.frozen is None else torch.float32
                 module.to(self.module.device)
                 if module.dtype != kind:
                     module.to(kind)
@@ -150,7 +152,7 @@ class LatentPolicy:
         Raises InputError for prompts without the pictures that the family takes.
         """
         texts = self.texts(prompts.text)
-        with self._vae():
+        with self._vae() if self.takes else nullcontext():
             shown, unshown = self.show(prompts)
         if self.guidance_scale <= 1:
             return Condition({**texts, **shown}, guidance_scale=self.told or 1.0)  # stored trajectories record it

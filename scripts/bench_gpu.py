@@ -279,7 +279,7 @@ def measure(task: str, pipe: Any, size: int, inference_steps: int, device: torch
     return {
         "pictures": pictures, "steps_timed": len(times), "step_seconds": step, "images_per_second": pictures / step,
         "tflop": counter.get_total_flops() / 1e12, "tflop_per_second": counter.get_total_flops() / 1e12 / step,
-        "peak_memory_gb": peak_memory_mb() / 1e3,
+        "peak_memory_gb": peak_memory_mb(device) / 1e3,
     }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import PartialState
 from by_hand import gradient
 from safetensors.torch import load_file
 from torch import Generator, Tensor
@@ -21,10 +22,12 @@ from toy import Network, Toy, diffusion, in_processes, move, nearness
 
 import diffalign
 from diffalign import session
+from diffalign import tiny as dry_run
 from diffalign.cli import main
 from diffalign.config import resolve
 from diffalign.data import PromptList, Stream
 from diffalign.errors import InputError
+from diffalign.inputs import open_data
 from diffalign.methods.alignprop import AlignProp
 from diffalign.methods.d3po import D3PO
 from diffalign.methods.ddpo import DDPO
@@ -330,6 +333,37 @@ def test_processes_that_do_not_join_are_refused(monkeypatch: pytest.MonkeyPatch)
         make_accelerator(Settings(device="cpu"))
     with pytest.raises(InputError, match="device is cpu:0, and 2 processes were started"):
         make_accelerator(Settings(device="cpu:0"))
+
+
+def test_no_gpu_is_touched_before_the_process_has_its_own(monkeypatch: pytest.MonkeyPatch):
+    """Else every process of a machine would hold some of the first GPU's memory."""
+    asked: list[str] = []
+
+    def zeros(*size: int, device: str) -> None:
+        asked.append(f"{device}, accelerate has begun: {bool(PartialState._shared_state)}")
+        raise RuntimeError("out of reach")
+
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    monkeypatch.setattr(torch, "zeros", zeros)
+    plan = dry_run.cut(resolve({"method": "draft", "device": "cuda", "tiny": True}))
+    assert asked == []
+    with pytest.raises(InputError, match="'cuda' cannot be used here: out of reach"):
+        make_accelerator(plan.settings)
+    assert asked == ["cuda, accelerate has begun: True"]
+    with pytest.raises(InputError, match="'gpu' cannot be used here"):
+        make_accelerator(Settings(device="gpu"))
+
+
+@pytest.mark.parametrize(("on_its_machine", "order"), [(0, ["read", "wait"]), (1, ["wait", "read"])])
+def test_one_process_of_each_machine_embeds_the_data(on_its_machine: int, order: list[str], monkeypatch: pytest.MonkeyPatch):
+    """The third and the fourth process are those of a second machine."""
+    accelerator, found = make_accelerator(Settings(device="cpu")), list[str]()
+    monkeypatch.setattr("accelerate.PartialState.wait_for_everyone", lambda self: found.append("wait"))
+    monkeypatch.setattr("diffalign.examples.read", lambda *args, **kwargs: found.append("read"))
+    where = {"num_processes": 4, "process_index": 2 + on_its_machine, "local_process_index": on_its_machine}
+    monkeypatch.setattr(PartialState, "_shared_state", {**PartialState._shared_state, **where})
+    open_data(resolve({"method": "diffusion-dpo", "data": "pairs"}), None, accelerator)
+    assert found == order
 
 
 def test_a_batch_is_shared_or_refused():

@@ -26,6 +26,7 @@ from diffalign.models import make_policy
 from diffalign.preflight import _ratio
 from diffalign.processes import make_accelerator
 from diffalign.settings import Settings
+from diffalign.types import Prompts
 
 RED = FunctionReward(lambda images, prompts: images[:, 0].mean((1, 2)) - images[:, 1].mean((1, 2)), differentiable=True)
 CHOSEN: dict[str, Any] = dict(device="cpu", batch_size=4, steps=2, guidance_scale=3.0, lora=LoRA(rank=2), learning_rate=1e-3)
@@ -198,14 +199,24 @@ def test_offload_moves_what_works() -> None:
 
     batch, x = batch_of(["a red dog"], policy), torch.randn(1, 4, 8, 8)
     came_and_went = [("text_encoder", device), ("text_encoder", home)] * 2  # the text, and the empty one
-    assert moves(lambda: policy.encode(batch)) == [*came_and_went[:2], *[("vae", device), ("vae", home)], *came_and_went[2:]]
-    assert moves(lambda: policy.encode(batch)) == [("vae", device), ("vae", home)], "texts are known"
+    assert moves(lambda: policy.encode(batch)) == came_and_went
+    assert moves(lambda: policy.encode(batch)) == [], "texts are known, and there is no picture to embed"
     with torch.no_grad():
         assert moves(lambda: policy.decode(x)) == [("vae", device), ("vae", home)]
     assert moves(lambda: policy.decode(x.requires_grad_(True))) == [("vae", device)], "its backward pass is to come"
     assert moves(lambda: policy.decode(x.detach())) == []
     policy.undo.close()
     assert moves(lambda: policy.encode(batch_of(["a blue cat"], policy))) == []
+
+
+def test_offload_brings_the_vae_where_a_picture_is_embedded() -> None:
+    policy = make(tiny.instruct_pix2pix())
+    device, home = policy.module.device, torch.device("cpu", 0)
+    policy.offload(home)
+    sent: list[torch.device] = []
+    policy.pipe.vae.to = sent.append
+    policy.encode(Prompts(("make it red",), torch.rand(1, 3, policy.height, policy.width)))
+    assert sent == [device, home]
 
 
 def test_compile_is_in_place() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -75,12 +76,44 @@ def test_accumulation_averages() -> None:
     assert row.boundary
 
 
+def test_gradients_that_lie_there_are_not_stepped_on() -> None:
+    training, rows = make(Rounds(), steps=1)
+    for p in training.parameters.values():
+        p.grad = torch.full_like(p, 100.0)
+    count = sum(p.numel() for p in training.parameters.values())
+    assert next(rows).metrics["grad_norm"] == pytest.approx(count**0.5, rel=1e-5)
+
+
 def test_the_step_is_adamw_on_the_clipped_gradient() -> None:
     training, rows = make(Rounds(), steps=1, max_grad_norm=0.5, learning_rate=0.1)
     before = {n: p.detach().clone() for n, p in training.parameters.items()}
     next(rows)
     for name, p in training.parameters.items():  # Adam's first step is the sign of the gradient, whatever the clipping
         assert torch.allclose(p, before[name] - 0.1, atol=1e-4)
+
+
+def test_a_step_that_the_scaler_skips_changes_nothing_but_the_scale() -> None:
+    """Of fp16, here on a CPU: torch's scaler and accelerate's optimizer are the same there."""
+    chosen = Settings(batch_size=1, learning_rate=1e-3, max_grad_norm=1e9, steps=3, ema=0.5, lr_schedule="linear", device="cpu")
+    policy = StableDiffusion.of(tiny.stable_diffusion(), guidance_scale=1.0)
+    policy.adapt(LoRA(rank=2))
+    accelerator = make_accelerator(chosen)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    training = prepare(policy, chosen, PromptList(["a dog", "a cat"]), accelerator)
+    first = next(iter(training.parameters.values()))
+    overflow = first.register_hook(lambda gradient: gradient * float("inf"))
+    before = [first.detach().clone(), *(w.clone() for w in training.average.shadow_params)]
+    rows = train(training, policy, Rounds(), CheckedReward(BRIGHT, "bright"), chosen)
+    row = next(rows)
+    assert (row.step, row.metrics["skipped"], row.metrics["learning_rate"]) == (1, 1.0, 1e-3)
+    assert not math.isfinite(row.metrics["grad_norm"])
+    assert all(torch.equal(*pair) for pair in zip(before, [first, *training.average.shadow_params], strict=True))
+    assert (training.average.optimization_step, accelerator.scaler.get_scale()) == (0, 2.0)
+    overflow.remove()
+    row = next(rows)
+    assert (row.step, row.metrics["skipped"], row.metrics["learning_rate"]) == (2, 0.0, pytest.approx(1e-3 * 2 / 3))
+    assert math.isfinite(row.metrics["grad_norm"])
+    assert not torch.equal(first, before[0])
 
 
 def test_the_average_is_diffusers_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 import diffalign
 from diffalign import registry
@@ -26,6 +27,7 @@ from diffalign.methods.ddpo import DDPO
 from diffalign.methods.draft import DRaFT
 from diffalign.models import make_policy
 from diffalign.processes import make_accelerator
+from diffalign.run import peak_memory_mb
 from diffalign.settings import Settings
 
 RED = FunctionReward(lambda images, prompts: images[:, 0].mean((1, 2)) - images[:, 1].mean((1, 2)), differentiable=True)
@@ -131,6 +133,23 @@ def test_what_is_taken() -> None:
     assert 90e6 < took.peak - Living(CPU).bytes < 150e6
 
 
+def test_what_is_taken_on_a_cpu_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 5_000_000 * (device or CPU).index)
+    test_what_is_taken()
+    assert peak_memory_mb(torch.device("cuda", 1)) == 5, "of the GPU that trains, which is not always the first"
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="others do not forget what a process had")
+def test_the_peak_of_a_run_is_its_own(tmp_path: Path) -> None:
+    before = torch.ones(250_000_000)  # 1 GB, as a budget's search may take it
+    del before
+    highest = peak_memory_mb(CPU)
+    given: dict[str, Any] = dict(method="draft", inference_steps=2, reward=RED, prompts=tiny.PROMPTS, device="cpu", eval_size=0)
+    run = diffalign.align(tiny.stable_diffusion(), output=tmp_path / "run", steps=1, batch_size=1, lora={"rank": 2}, **given)
+    assert 0 < run.metrics[0]["peak_memory_mb"] < highest - 500
+
+
 def by(line: Callable[[int], float | None]) -> tuple[Callable[[int], float | None], list[int]]:
     tried: list[int] = []
 
@@ -170,6 +189,25 @@ def test_what_runs_out_of_memory_does_not_fit() -> None:
         return 1.0
 
     assert largest(peak, SIZES, 100) == (8, 1.0)
+
+
+def test_a_search_that_runs_out_of_memory_leaves_no_gradient() -> None:
+    """Out of memory half-way through the backward pass, where some weights have their gradient already."""
+
+    def full(module: nn.Module, given: Any, out: Any) -> None:
+        if len(out[0]) >= 4:
+            raise torch.OutOfMemoryError
+
+    tried = trial(memory_budget=100.0)
+    hook = tried.policy.pipe.unet.mid_block.register_full_backward_hook(full)
+    with pytest.raises(torch.OutOfMemoryError):
+        tried.step(4)
+    assert all(p.grad is None for p in tried.parameters)
+    plan, words = within_budget(tried)
+    hook.remove()
+    assert (plan.settings.batch_size, plan.settings.accumulate) == (2, 4)
+    assert "batches of 2, " in words
+    assert all(p.grad is None for p in tried.parameters)
 
 
 def test_methods_name_fields_of_theirs() -> None:

@@ -25,8 +25,10 @@ import diffalign
 from diffalign import checkpoint
 from diffalign.api import evaluate_run
 from diffalign.errors import InputError
+from diffalign.models import make_policy
 from diffalign.run import Run
 from diffalign.session import resume
+from diffalign.settings import Settings
 
 STEPS = 12
 FLAGS = {"steps": STEPS, "batch_size": 2, "checkpoint_every": 3, "learning_rate": 0.01, "eval_size": 4, "ema": 0.9, "seed": 5}
@@ -323,6 +325,80 @@ def test_a_live_pipeline_holds_what_was_saved_and_knows_its_base(flags: dict[str
     side = Image.open(run.sample(["a dog"], output=tmp_path)[0])
     height = (side.height - 40) // 2
     assert side.crop((60, 40, side.width, 40 + height)).tobytes() != side.crop((60, 40 + height, side.width, side.height)).tobytes()
+
+
+def test_a_number_that_is_not_finite_is_null_in_the_metrics(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", {})
+    run.append_metrics({"step": 1, "loss": 0.5, "grad_norm": float("inf"), "reward": float("nan")})
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    (line,) = (run.path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=refuse) == {"step": 1, "loss": 0.5, "grad_norm": None, "reward": None}
+    assert run.metrics[0]["grad_norm"] is None
+
+
+def kinds_of(pipe: Any) -> dict[str, Any]:
+    return {name: module.dtype for name, module in pipe.components.items() if isinstance(module, torch.nn.Module)}
+
+
+@pytest.mark.parametrize("make", [tiny.stable_diffusion, tiny.sd3])
+@pytest.mark.parametrize("half", [(), ("unet", "transformer", "text_encoder")], ids=["fp32", "half"])
+def test_a_live_pipeline_is_given_back_in_the_dtypes_in_which_it_came(make: Any, half: tuple[str, ...], tmp_path: Path) -> None:
+    pipe = make()
+    for name in set(half) & set(pipe.components):
+        getattr(pipe, name).to(torch.bfloat16)
+    came = kinds_of(pipe)
+    assert set(came.values()) == ({torch.bfloat16, torch.float32} if half else {torch.float32})
+    during: list[dict[str, Any]] = []
+
+    def bright(images: torch.Tensor, prompts: Any) -> torch.Tensor:
+        during.append(kinds_of(pipe))
+        return images.mean((1, 2, 3))
+
+    reward = diffalign.reward(differentiable=True)(bright)
+    chosen: dict[str, Any] = dict(steps=1, inference_steps=2, eval_size=0, precision="bf16", vae_precision="bf16", guidance_scale=1.0)
+    diffalign.align(pipe, reward=reward, prompts=["a dog"], output=tmp_path / "r", **chosen)
+    assert {torch.bfloat16} == set(during[-1].values())
+    assert kinds_of(pipe) == came
+    if not half:
+        assert pipe("a red circle", num_inference_steps=2).images
+
+
+def test_a_live_pipeline_is_given_back_where_the_training_fails(tmp_path: Path) -> None:
+    pipe = tiny.stable_diffusion()
+    during: list[bool] = []
+
+    def breaks(images: torch.Tensor, prompts: Any) -> torch.Tensor:
+        during.append(pipe.unet.is_gradient_checkpointing)
+        if len(during) == 3:
+            raise ValueError("no such luck")
+        return images.mean((1, 2, 3))
+
+    strides = [p.stride() for p in (*pipe.unet.parameters(), *pipe.vae.parameters())]
+    knobs: dict[str, Any] = dict(gradient_checkpointing=True, channels_last=True, attention="eager", precision="bf16")
+    kind = type(next(iter(pipe.unet.attn_processors.values())))
+    with pytest.raises(InputError, match="no such luck"):
+        diffalign.align(
+            pipe, reward=diffalign.reward(differentiable=True)(breaks), prompts=["a dog"], output=tmp_path / "r",
+            inference_steps=2, steps=5, eval_size=0, **knobs,
+        )  # fmt: skip
+    assert during[-1]
+    assert not pipe.unet.is_gradient_checkpointing
+    assert not pipe.vae.is_gradient_checkpointing
+    assert {type(p) for p in pipe.unet.attn_processors.values()} == {kind}
+    weights = [p for part in (pipe.unet, pipe.vae) for name, p in part.named_parameters() if "lora_" not in name]
+    assert [p.stride() for p in weights] == strides
+    assert set(kinds_of(pipe).values()) == {torch.float32}
+    assert pipe("a red circle", num_inference_steps=2).images
+
+
+def test_a_setting_that_a_live_pipeline_does_not_have_leaves_it_as_it_came() -> None:
+    pipe = tiny.sd3()
+    with pytest.raises(InputError, match="attention eager is for UNets"):
+        make_policy(Settings(device="cpu", precision="bf16", attention="eager"), pipe)
+    assert set(kinds_of(pipe).values()) == {torch.float32}
 
 
 def test_a_failed_start_leaves_the_pipeline_as_it_was(tmp_path: Path) -> None:

@@ -249,6 +249,57 @@ def test_a_pickle_that_holds_a_program_is_not_opened(file: str, model: Path, tmp
     assert mark.exists(), "opened the other way, it runs"
 
 
+OWN_CODE: dict[str, tuple[dict[str, Any], str]] = {
+    "a file of its own": (
+        {"unet": ["evil", "Evil"]},
+        r"The unet of .*/model is of the class Evil in the model's own code \(unet/evil.py\), which is not run",
+    ),
+    "a library's name": (
+        {"unet": ["diffusers", "UNet2DConditionModel"]},
+        r"UNet2DConditionModel in the model's own code \(unet/diffusers.py\)",
+    ),
+    "the pipeline": ({"_class_name": ["pipeline", "Evil"]}, r"names a pipeline class of the model's own code, which is not run"),
+}
+
+
+@pytest.mark.parametrize("name", OWN_CODE)
+def test_code_that_comes_with_a_model_is_not_run(name: str, model: Path, tmp_path: Path):
+    entries, says = OWN_CODE[name]
+    mark, index = tmp_path / "ran", model / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), **entries}))
+    program = f"open({str(mark)!r}, 'w')\nfrom diffusers import UNet2DConditionModel\nclass Evil(UNet2DConditionModel): pass\n"
+    for file in ("pipeline.py", *(f"unet/{entry[0]}.py" for part, entry in entries.items() if part == "unet")):
+        (model / file).write_text(program)
+    with pytest.raises(InputError, match=says) as raised:
+        load_pipeline(str(model))
+    assert "trust_remote_code" not in str(raised.value)
+    assert not mark.exists()
+
+
+def test_code_that_comes_with_a_model_of_the_hub_is_not_fetched(model: Path, monkeypatch: pytest.MonkeyPatch):
+    index = model / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "unet": ["evil", "Evil"]}))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **kwargs: str(index))
+    monkeypatch.setattr("diffusers.StableDiffusionPipeline.download", fails(AssertionError("nothing is fetched")))
+    with pytest.raises(InputError, match=f"The unet of {HUB_ID} is of the class Evil in the model's own code"):
+        load_pipeline(HUB_ID)
+
+
+def test_what_is_no_fault_of_the_files_is_not_said_to_be(model: Path, monkeypatch: pytest.MonkeyPatch):
+    load = "diffusers.StableDiffusionPipeline.from_pretrained"
+    monkeypatch.setattr(load, fails(ImportError("T5Tokenizer requires the SentencePiece library")))
+    with pytest.raises(InputError, match=r"requires the SentencePiece library Install the package that is missing\.$"):
+        load_pipeline(str(model))
+    for error in (MemoryError(), torch.OutOfMemoryError("x"), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        monkeypatch.setattr(load, fails(error))
+        with pytest.raises(type(error)) as raised:  # for which the command line has its message
+            load_pipeline(str(model))
+        assert raised.value is error
+    monkeypatch.setattr(load, fails(ValueError("of a new kind")))
+    with pytest.raises(InputError, match=r"does not load: of a new kind Fetch or save it again\.$"):
+        load_pipeline(str(model))
+
+
 def test_a_model_on_the_hub_is_asked_for_safetensors_first_and_its_files_are_checked(model: Path, monkeypatch: pytest.MonkeyPatch):
     asked = dict[str, Any]()
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **kwargs: str(model / "model_index.json"))
@@ -263,6 +314,16 @@ def test_a_model_on_the_hub_is_asked_for_safetensors_first_and_its_files_are_che
     (model / UNET).unlink()
     with pytest.raises(InputError, match="is missing"):
         load_pipeline(HUB_ID)
+
+
+def test_only_a_model_on_the_hub_has_revisions(files: Path, run_cli: Any):
+    for source in ("shapes", str(files / "model")):
+        with pytest.raises(InputError, match=f"revision is v9, and the model '{source}' is here, not on the Hub.*Drop --revision"):
+            load_pipeline(source, "v9")
+    outcome = run_cli("check", "--revision", "v9", "--prompts", "shapes")
+    assert outcome.status == 2
+    assert outcome.err.count("\n") == 1
+    assert "revision is v9" in outcome.err
 
 
 HUB = """
