@@ -370,7 +370,7 @@ def test_a_run_of_a_live_pipeline_in_half_precision_is_sampled(tmp_path: Path) -
     pipe = tiny.stable_diffusion()
     pipe.unet.to(torch.bfloat16)
     pipe.text_encoder.to(torch.bfloat16)
-    chosen = {"steps": 1, "inference_steps": 2, "eval_size": 0}
+    chosen: dict[str, Any] = {"steps": 1, "inference_steps": 2, "eval_size": 0}
     run = diffalign.align(pipe, reward=bright_pictures, prompts=["a dog"], output=tmp_path / "r", **chosen)
     assert run.sample(["a cat"], output=tmp_path)[0].is_file()
 
