@@ -16,7 +16,7 @@ from diffalign.models import device_of, device_type
 from diffalign.settings import Settings
 
 BUCKET = 1 << 24  # numbers of one all-reduce
-PATIENCE = timedelta(days=1)  # while the first process embeds data or evaluates; the launcher ends all of them when one dies
+PATIENCE = timedelta(days=1)  # while one process embeds data or evaluates; the launcher ends all of them when one dies
 
 T = TypeVar("T")
 

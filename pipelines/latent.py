@@ -137,6 +137,8 @@ class LatentPolicy:
                 module.to(self.module.device)
                 if module.dtype != kind:
                     module.to(kind)
+        if self.module.dtype != torch.float32:  # a network that came in half precision computes in it from now on, also as a policy
+            self.dtype = self.module.dtype
 
     def save(self, folder: Path) -> None:
         """Write what plain diffusers loads: a LoRA, or after full fine-tuning the network's folder."""

@@ -366,6 +366,15 @@ def test_a_live_pipeline_is_given_back_in_the_dtypes_in_which_it_came(make: Any,
         assert pipe("a red circle", num_inference_steps=2).images
 
 
+def test_a_run_of_a_live_pipeline_in_half_precision_is_sampled(tmp_path: Path) -> None:
+    pipe = tiny.stable_diffusion()
+    pipe.unet.to(torch.bfloat16)
+    pipe.text_encoder.to(torch.bfloat16)
+    chosen: dict[str, Any] = {"steps": 1, "inference_steps": 2, "eval_size": 0}
+    run = diffalign.align(pipe, reward=bright_pictures, prompts=["a dog"], output=tmp_path / "r", **chosen)
+    assert run.sample(["a cat"], output=tmp_path)[0].is_file()
+
+
 def test_a_live_pipeline_is_given_back_where_the_training_fails(tmp_path: Path) -> None:
     pipe = tiny.stable_diffusion()
     during: list[bool] = []
