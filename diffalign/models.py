@@ -171,7 +171,6 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
     ours = pipe is None
     pipe = open_pipeline(settings, DTYPES[precision]) if ours else pipe
     adapter = adapter_of(type(pipe).__name__)
-    came = {name: module.dtype for name, module in pipe.components.items() if isinstance(module, torch.nn.Module)}
     policy = adapter.of(
         pipe,
         guidance_scale=settings.guidance_scale,
@@ -184,8 +183,6 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
     )
     if settings.full:
         policy.dtype = DTYPES[settings.precision]
-    if not ours:
-        policy.came = came
     try:
         knobs.install(policy, settings)
     except InputError:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffalign.errors import InputError
@@ -83,6 +83,11 @@ def visiting(modules: Sequence[Any], device: torch.device, home: torch.device | 
     finally:
         for module in modules if home else ():
             module.to(home)
+
+
+def dtypes_of(pipe: Any) -> dict[str, torch.dtype]:
+    """The dtype of each component with weights."""
+    return {name: module.dtype for name, module in pipe.components.items() if isinstance(module, nn.Module)}
 
 
 def frozen_copy(module: Any) -> Any:

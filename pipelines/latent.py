@@ -48,11 +48,8 @@ class LatentPolicy:
     (B,) being diffusers' timesteps. `show(prompts)` is what it is shown besides text, with guidance and in the unconditional branch.
     `branches` and `mix` are its guidance; `told` is the guidance that a distilled network is told. `zeros_for_none`: without a negative
     prompt the unconditional branch is zeros. `encoders` are the pipeline's text encoders, each with its tokenizer, `tokens` the length
-    of a text where it can be chosen. The network computes in `dtype`, and came in `arrived`, as did what `came` does not name
-    otherwise. `notes` are what a person should be told.
-
-    The VAE works on at most `vae_batch_size` samples at a time; where it has a `vae_home`, it lives there and comes to work. `undo` is
-    what a release takes back of the pipeline. Of a network that is shared out among processes `plain` is the skeleton.
+    of a text where it can be chosen. The network computes in `dtype`; `came` is the dtype of each component before it was wrapped.
+    `notes` are what a person should be told.
     """
 
     pipe: Any
@@ -67,7 +64,6 @@ class LatentPolicy:
     height: int
     width: int
     dtype: torch.dtype
-    arrived: torch.dtype = torch.float32
     came: Mapping[str, torch.dtype] = field(default_factory=dict[str, torch.dtype])
     takes: tuple[PictureField, ...] = ()
     show: Callable[[Prompts], tuple[Named, Named]] = nothing
@@ -133,7 +129,7 @@ class LatentPolicy:
         self.undo.close()
         for name, module in self.pipe.components.items():
             if isinstance(module, nn.Module):
-                kind = self.came.get(name, self.arrived) if self.frozen is None else torch.float32
+                kind = self.came.get(name, torch.float32) if self.frozen is None else torch.float32
                 module.to(self.module.device)
                 if module.dtype != kind:
                     module.to(kind)

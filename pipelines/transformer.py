@@ -12,7 +12,7 @@ from torch import Tensor
 from diffalign.cache import TextCache
 from diffalign.errors import InputError
 from diffalign.noise import RectifiedFlow, path_of
-from diffalign.pipelines.common import PRECISIONS, check_size, freeze, notes_of, vae_dtype
+from diffalign.pipelines.common import PRECISIONS, check_size, dtypes_of, freeze, notes_of, vae_dtype
 from diffalign.pipelines.latent import LatentPolicy, Named
 
 OWN_GUIDANCE = 3.5  # what FLUX.1-dev is told by default
@@ -84,7 +84,7 @@ class TransformerFamily:
         self.check(pipe, height, width)
         path = replace(flow_of(pipe, (height // multiple) * (width // multiple)), spacing=self.spacing)
         encoders = [name for name in self.encoders if getattr(pipe, name) is not None]
-        dtype, arrived = PRECISIONS[precision], pipe.transformer.dtype
+        dtype, came = PRECISIONS[precision], dtypes_of(pipe)
         kinds = {"vae": vae_dtype(pipe.vae, vae_precision), "transformer": dtype, **dict.fromkeys(encoders, dtype)}
         for name, kind in kinds.items():
             freeze(getattr(pipe, name), device, kind)
@@ -109,7 +109,7 @@ class TransformerFamily:
             width=width,
             tokens=tokens,
             dtype=dtype,
-            arrived=arrived,
+            came=came,
             notes=(*_notes(pipe, self, told, guidance_scale), *notes_of(pipe, vae_precision)),
         )
 

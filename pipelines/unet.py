@@ -12,7 +12,7 @@ from torch import Tensor
 from diffalign.cache import TextCache
 from diffalign.errors import InputError
 from diffalign.noise import path_of
-from diffalign.pipelines.common import PRECISIONS, TextEncoding, freeze, notes_of, own_size, vae_dtype
+from diffalign.pipelines.common import PRECISIONS, TextEncoding, dtypes_of, freeze, notes_of, own_size, vae_dtype
 from diffalign.pipelines.latent import LatentPolicy, Named, classifier_free, without_and_with
 from diffalign.types import Condition, PictureField, Prompts
 
@@ -69,7 +69,7 @@ class UNetFamily:
         height, width = own_size(pipe, height, width)
         told = {"original_size": original_size, "crops_coords_top_left": crops_coords_top_left, "target_size": target_size}
         sizes = self._sizes(pipe, height, width, told)
-        dtype, arrived = PRECISIONS[precision], pipe.unet.dtype
+        dtype, came = PRECISIONS[precision], dtypes_of(pipe)
         kinds = {"vae": vae_dtype(pipe.vae, vae_precision), "unet": dtype, **dict.fromkeys(self.texts.encoders, dtype)}
         for name, kind in kinds.items():
             freeze(getattr(pipe, name), device, kind)
@@ -109,7 +109,7 @@ class UNetFamily:
             height=height,
             width=width,
             dtype=dtype,
-            arrived=arrived,
+            came=came,
             notes=(*([twin] if scheduler != "DDIMScheduler" else []), *notes_of(pipe, vae_precision)),
         )
 
