@@ -145,15 +145,15 @@ def rollout(
     until: int | None = None,
     start: Tensor | None = None,
     rng: Generator | None = None,
-    checkpointing: bool | None = None,
+    checkpointing: bool = True,
 ) -> Trajectory:
     """Sample from noise to x_0, with a graph through the last `grad_steps` steps and none before.
 
     Outside the first `random_steps`, or outside that range of steps, they are deterministic, `ddim(0)`, whatever the kernel (MixGRPO,
     arXiv 2507.21802).
     `until` stops after so many of the `steps` (ReFL). `start` (B, *latent) replaces the prior's draw. `checkpointing` keeps of each step
-    with a graph only its state, and runs the network again in the backward pass: memory flat in `grad_steps`; by default on when
-    there are two or more.
+    with a graph, but of the last, only its state, and runs the network again in the backward pass: however many `grad_steps` there are,
+    memory holds the graph of one; by default it is on.
     """
     schedule = policy.path.schedule(steps)
     until = steps if until is None else until
@@ -161,7 +161,6 @@ def rollout(
         raise InputError(f"until is {until}: give a step from 1 to {steps}.")
     if not 0 <= grad_steps <= until:
         raise InputError(f"A gradient through {grad_steps} steps was asked for, in a rollout of {until}: give 0 to {until}.")
-    checkpointing = grad_steps > 1 if checkpointing is None else checkpointing
     window = random_steps if isinstance(random_steps, range) else range(steps if random_steps is None else random_steps)
 
     x = start = policy.prior(condition, rng) if start is None else start
@@ -178,7 +177,9 @@ def rollout(
             return x_next, action.log_prob(x_next)
 
         with torch.set_grad_enabled(i >= until - grad_steps):
-            if torch.is_grad_enabled() and checkpointing:
+            if (
+                torch.is_grad_enabled() and checkpointing and i < until - 1
+            ):  # the last one's backward comes first, and needs its graph at once
                 x, log_prob = cast(tuple[Tensor, Tensor], checkpoint(step, x, use_reentrant=False))
             else:
                 x, log_prob = step(x)

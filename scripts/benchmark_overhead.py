@@ -78,9 +78,9 @@ def draft(raw: Raw) -> None:
 def alignprop(raw: Raw) -> None:
     half = raw.steps // 2
     x = raw.sample(raw.steps - half)
-    for _ in range(half):
+    for _ in range(half - 1):
         x = checkpoint(raw.forward, x, use_reentrant=False)
-    raw.backward(raw.score(x))
+    raw.backward(raw.score(raw.forward(x)))
 
 
 def refl(raw: Raw) -> None:

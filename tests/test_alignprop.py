@@ -123,12 +123,12 @@ def test_memory_is_flat_in_k_beyond_the_states():
             hook = policy.module.register_forward_hook(lambda module, args, output: within.append(storages.bytes()))
             torch.autograd.grad(loss.value, trained)
             hook.remove()
-        assert len(within) == k, "the backward pass runs each step's network once more"
+        assert len(within) == k - 1, "the backward pass runs the network of each step but the last once more"
         return kept, max(within)
 
     (few, few_within), (many, many_within) = alive(3), alive(11)
     latent = 2 * 4 * 8 * 8 * 4
-    assert few_within - few > 100 * latent, "the measure sees the activations of a step"
+    assert min(few, few_within) > 100 * latent, "the measure sees the activations of a step"
     # of each step its state and a few numbers a row; in the backward pass the gradient of the state besides
     assert many - few <= 8 * (latent + 256)
     assert many_within - few_within <= 8 * (2 * latent + 256)

@@ -53,9 +53,14 @@ class DRaFT:
     def losses(self, policy: Policy, reward: Reward, batch: Prompts, context: Context) -> Iterator[Loss]:
         condition = policy.encode(batch)
         kernel, share = ddim(0.0), 1 / (1 + self.n)
-        again = self.checkpointing and self.k > 1
         trajectory = rollout(
-            policy, condition, steps=self.inference_steps, kernel=kernel, grad_steps=self.k, rng=context.rng, checkpointing=again
+            policy,
+            condition,
+            steps=self.inference_steps,
+            kernel=kernel,
+            grad_steps=self.k,
+            rng=context.rng,
+            checkpointing=self.checkpointing,
         )
         scores = reward(policy.decode(trajectory.final), batch)
         loss = -share * scores.mean()
