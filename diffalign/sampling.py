@@ -177,9 +177,7 @@ def rollout(
             return x_next, action.log_prob(x_next)
 
         with torch.set_grad_enabled(i >= until - grad_steps):
-            if (
-                torch.is_grad_enabled() and checkpointing and i < until - 1
-            ):  # the last one's backward comes first, and needs its graph at once
+            if torch.is_grad_enabled() and checkpointing and i < until - 1:  # the last one's graph is needed at once
                 x, log_prob = cast(tuple[Tensor, Tensor], checkpoint(step, x, use_reentrant=False))
             else:
                 x, log_prob = step(x)
