@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,11 +81,27 @@ def _load(pipe: Any, component: str, source: str) -> None:
             pipe.load_lora_weights(theirs, adapter_name="default")
     except Exception as error:
         raise InputError(f"lora.init: {folder / name} is no LoRA that fits this pipeline ({error}).") from error
+    if name.endswith(".safetensors"):
+        _check_whole(folder / name, getattr(pipe, component))
     others = sorted(set(pipe.get_list_adapters()) - {component})
     if others:
         pipe.unload_lora_weights()
         raise InputError(
             f"lora.init: {folder / name} also adapts the {', '.join(others)}, which is not trained. Give one of the {component} alone."
+        )
+
+
+def _check_whole(file: Path, module: Any) -> None:
+    """Raise InputError where layers of the file have no place in the network: it is of another one, and diffusers leaves them out."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        held = sum(bool(re.search(r"lora_A\b|lora_down\b|lora\.down\b", key)) for key in opened.keys())  # noqa: SIM118
+    found = sum("lora_A." in name for name, _ in module.named_parameters())
+    if found < held:
+        raise InputError(
+            f"lora.init: {file} adapts {held} layers, of which a {type(module).__name__} like this has {found}: it was made for another "
+            "network. Give one of this model."
         )
 
 

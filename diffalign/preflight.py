@@ -39,7 +39,13 @@ def preflight(plan: Plan, policy: Any, prompts: list[Prompt], examples: Source |
         yield Finding("fsdp", None, "one process works here, with the whole network: what is said of memory is of that")
     yield _batch_plan(plan, len(prompts))
     line = expected(trial)
-    yield Finding("memory", None, "no estimate: few samples do not differ in reward" if line is None else in_words(trial, line))
+    yield Finding(
+        "memory",
+        None,
+        "no estimate: steps of so few samples have nothing to learn from (one of a prompt, or equal rewards)"
+        if line is None
+        else in_words(trial, line),
+    )
     yield _deterministic_steps(_steps(plan), policy)
     yield _ratio(policy, batch)
     if plan.reward is not None:
@@ -63,7 +69,7 @@ def _reward(plan: Plan) -> Any:
 def _batch_plan(plan: Plan, prompts: int) -> Finding:
     s = plan.settings
     text = (
-        f"{s.steps} optimiser steps, {plan.batch_in_words()}, {plan.sample_steps} denoising steps, guidance {s.guidance_scale:g}; "
+        f"{s.steps} optimiser steps, {plan.batch_in_words()}, {_steps(plan)} denoising steps, guidance {s.guidance_scale:g}; "
         f"{prompts} prompts"
     )
     return Finding("batch plan", None, text)

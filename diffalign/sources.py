@@ -46,7 +46,11 @@ def folder_of(source: str, revision: str | None, pipeline_class: Any) -> Path:
 def check(folder: Path) -> None:
     """Raise InputError for parts that are programs, and for weights that are missing, cut short, or pickles of more than weights; of a
     folder in diffusers layout."""
-    _refuse_code(_index(folder / "model_index.json"), folder)
+    index = _index(folder / "model_index.json")
+    _refuse_code(index, folder)
+    for part, entry in index.items():  # a tokenizer that is not there would load as an empty one
+        if isinstance(entry, list) and "okenizer" in str(entry[-1]) and not any((folder / part).glob("*")):
+            raise InputError(f"{folder / part} is missing: the model is not whole (half a download?). {_mend(folder)}")
     for part, files in _parts(folder):
         for file in files:
             if not file.is_file():

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ def visiting(modules: Sequence[Any], device: torch.device, home: torch.device | 
 
 def dtypes_of(pipe: Any) -> dict[str, torch.dtype]:
     """The dtype of each component with weights."""
-    return {name: module.dtype for name, module in pipe.components.items() if isinstance(module, nn.Module)}
+    return {name: cast(Any, module).dtype for name, module in pipe.components.items() if isinstance(module, nn.Module)}
 
 
 def frozen_copy(module: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -311,3 +312,15 @@ def test_light_commands_import_nothing_heavy() -> None:
         assert out.splitlines()[-1] == "[]"
     out = subprocess.run([sys.executable, "-c", "import sys, diffalign; print('torch' in sys.modules)"], capture_output=True, text=True)
     assert json.loads(out.stdout.lower()) is False
+
+
+def test_every_yes_or_no_may_stand_alone():
+    """`--offload`, and not only `--offload true`: of settings and of the methods' fields."""
+    from diffalign import flags, registry
+    from diffalign.settings import Settings
+
+    methods = [registry.find("methods", name)[0] for name in registry.METHODS]
+    of_methods = {f"--method.{f.name}" for method in methods for f in dataclasses.fields(method) if f.default is True or f.default is False}
+    of_settings = {f"--{f.name}" for f in dataclasses.fields(Settings) if f.default is False}
+    assert of_settings | of_methods <= set(flags.SWITCHES)
+    assert flags.normal(["--gradient-checkpointing", "--steps", "2"]) == ["--gradient_checkpointing=true", "--steps", "2"]

@@ -290,6 +290,15 @@ def lora_from_elsewhere(pipe: Any, folder: Path) -> Path:
     return folder
 
 
+def test_a_lora_with_layers_that_the_network_lacks_is_refused(make: Any, tmp_path: Path):
+    """Made for a network with more blocks: diffusers would take what fits, and leave the rest out."""
+    deeper = {"n_layers": 2} if make is tiny.z_image else {"num_layers": 3}
+    policy = a_policy(make(transformer=deeper), LoRA(rank=2))
+    policy.save(tmp_path)
+    with pytest.raises(InputError, match=r"adapts \d+ layers, of which .* has \d+: it was made for another network"):
+        a_policy(make(), LoRA(init=str(tmp_path)))
+
+
 def test_a_lora_from_elsewhere_is_trained_on(make: Any, tmp_path: Path):
     folder = lora_from_elsewhere(make(), tmp_path / "theirs")
     policy, pipe = a_policy(make(), LoRA(init=str(folder))), make()
