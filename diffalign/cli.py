@@ -144,8 +144,9 @@ def _plan(arguments: list[str], command: str) -> tuple[Plan, str | None] | None:
         print(_train_help(parser, command))
         return None
     if config:
-        parse(parser, lambda: parser.parse_object(config))
+        # the file's fields of a method or reward in whose place a flag names another are not that one's
         same = {k: v for k, v in config.items() if not (k in said and isinstance(v, dict) and v.get("name") != said[k])}
+        parse(parser, lambda: parser.parse_object(same))
         parser.set_defaults({k: v for k, v in flat(same).items() if k not in ("method.name", "reward.name")})
     show = "--print_config" in arguments
     parsed = parse(parser, lambda: parser.parse_args([a for a in arguments if a != "--print_config"]))

@@ -97,3 +97,15 @@ def test_the_page_has_a_row_for_each() -> None:
     rows = re.findall(r"^\| \[([\w.-]+)\]\(([\w.-]+)\.yaml\) \|.*\| (\d+) GB \|", (FOLDER / "README.md").read_text(), flags=re.MULTILINE)
     assert sorted(name for name, _, _ in rows) == [recipe.stem for recipe in RECIPES]
     assert all(name == link and name.endswith(f"-{memory}gb") for name, link, memory in rows)
+
+
+def test_a_flag_names_another_reward_or_method_than_the_recipe(run_cli: Callable[..., Any]) -> None:
+    """The recipe's fields of its own reward and method (precision, k) are not the other one's."""
+    recipe = FOLDER / "sd15-draft-hpsv2-24gb.yaml"
+    outcome = run_cli("train", "--config", recipe, "--reward", "jpeg-compressibility", "--method", "ddpo", "--print-config")
+    assert outcome.status == 0, outcome.err
+    shown = yaml.safe_load(outcome.out)
+    assert (shown["reward"]["name"], shown["method"]["name"]) == ("jpeg-compressibility", "ddpo")
+    assert "precision" not in shown["reward"]
+    assert shown["method"]["inference_steps"] == 50
+    assert shown["learning_rate"] == config_of(recipe)["learning_rate"], "the rest of the recipe stays"
