@@ -80,7 +80,10 @@ def _load(pipe: Any, component: str, source: str) -> None:
         else:
             pipe.load_lora_weights(theirs, adapter_name="default")
     except Exception as error:
-        raise InputError(f"lora.init: {folder / name} is no LoRA that fits this pipeline ({error}).") from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        more = f", and {len(lines) - 2} more lines" if len(lines) > 2 else ""
+        reason = f"{' '.join(lines[:2])[:300]}{more}"
+        raise InputError(f"lora.init: {folder / name} is no LoRA that fits this pipeline ({reason}). Give one of this model.") from error
     if name.endswith(".safetensors"):
         _check_whole(folder / name, getattr(pipe, component))
     others = sorted(set(pipe.get_list_adapters()) - {component})
