@@ -1,0 +1,15 @@
+"""The commands, a module each: its `run` takes the words after the command's name, and gives the exit status."""
+
+COMMANDS = {
+    "train": "align a model with a reward",
+    "sample": "pictures of a prompt, before and after",
+    "eval": "held-out rewards of a run, before and after",
+    "score": "score pictures that exist",
+    "pairs": "preference pairs from a model's samples and a reward, for the offline methods",
+    "edits": "a model's own edits, good and bad, for HIVE",
+    "export": "a run's LoRA as one file for AUTOMATIC1111, ComfyUI and the like",
+    "compare": "finished runs side by side: rewards, KL, diversity, and what they took",
+    "check": "preflight: would this training learn?",
+    "list": "methods, rewards and pipelines, with what each needs",
+    "doctor": "versions, devices, extras",
+}

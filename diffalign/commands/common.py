@@ -1,0 +1,75 @@
+"""What commands share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING, Any
+
+from diffalign.commands import COMMANDS
+from diffalign.errors import InputError
+
+if TYPE_CHECKING:
+    from diffalign.config import Plan
+
+
+def parser_of(command: str, example: str) -> argparse.ArgumentParser:
+    about = COMMANDS[command]
+    return argparse.ArgumentParser(
+        f"diffalign {command}", description=about[0].upper() + about[1:] + ".", epilog=f"example: {example}", allow_abbrev=False
+    )
+
+
+def quiet() -> None:
+    """Nothing on the screen that the person did not ask for."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+
+def plan_of(arguments: list[str], command: str) -> tuple[Plan, str | None] | None:
+    """The plan of a train or check command line and its --output; None where help or the configuration was asked for, and printed."""
+    from diffalign.config import Names, build_parser, check_needs, names_of, settle
+    from diffalign.flags import flat, nested, normal, parse, read_config, value_of
+
+    arguments = normal(arguments)
+    file = value_of(arguments, "--config")
+    config = {} if file is None else nested(read_config(file))
+    flags = {"method": "--method.name", "reward": "--reward.name", "pipeline": "--pipeline"}
+    said = {key: value for key, flag in flags.items() if (value := value_of(arguments, flag)) is not None}
+    names: Names = names_of({**config, **said})
+    parser = build_parser(names, f"diffalign {command}")
+    if {"-h", "--help"} & set(arguments):
+        print(_help_of_plan(parser, command))
+        return None
+    if config:
+        # the file's fields of a method or reward in whose place a flag names another are not that one's
+        same = {k: v for k, v in config.items() if not (k in said and isinstance(v, dict) and v.get("name") != said[k])}
+        parse(parser, lambda: parser.parse_object(same))
+        parser.set_defaults({k: v for k, v in flat(same).items() if k not in ("method.name", "reward.name")})
+    show = "--print_config" in arguments
+    parsed = parse(parser, lambda: parser.parse_args([a for a in arguments if a != "--print_config"]))
+    output = parsed.pop("output")
+    if output == "":
+        raise InputError("output is empty: give a value, or leave it out.")
+    plan = settle(parsed, names)
+    check_needs(plan)
+    if plan.settings.tiny:
+        from diffalign.tiny import cut
+
+        plan = cut(plan)
+    if show:
+        import yaml
+
+        print(yaml.safe_dump(plan.config(), sort_keys=False), end="")
+        return None
+    return plan, output
+
+
+def _help_of_plan(parser: Any, command: str) -> str:
+    from diffalign.flags import help_of
+
+    resume = "  --resume DIR          Go on with a run, alone or with --steps N. A finished one starts a new round.\n"
+    resume = resume if command == "train" else ""
+    more = f"options:\n{resume}  --print-config        Show the resolved settings as YAML, and stop.\n"
+    text = help_of(parser).replace("options:\n", more, 1)
+    return f"{text}\nexample: diffalign {command} --method draft --steps 100 --seed 1 --lora.rank 4"
