@@ -13,7 +13,7 @@ from diffalign.errors import InputError
 from diffalign.shards import everyone, own
 from diffalign.types import Context
 
-Kind = Literal["global", "per_prompt", "group", "group_global", "loo", "greedy"]
+Kind = Literal["global", "per_prompt", "group", "group_global", "loo", "greedy", "none"]
 
 
 def advantages(
@@ -41,6 +41,7 @@ def advantages(
     - `group_global`: r minus the mean of the prompt's samples, over the deviation of the whole round (Flow-GRPO, arXiv 2505.05470, and its
       public code)
     - `loo`: r minus the mean of the prompt's other samples in this round (RLOO, arXiv 2402.14740)
+    - `none`: r itself, which is not clipped (DLPO, arXiv 2405.14632)
     - `greedy`: r minus `greedy` (N,), the scores of the deterministic samples (ReMax, arXiv 2310.10505)
 
     std is the population's. Statistics are over all processes, N being the same in each: every process must call. `per_prompt` keeps its
@@ -68,6 +69,8 @@ def advantages(
         raise ValueError(f"advantages: {int((~every.isfinite()).sum())} of {len(every)} scores are not finite.")
     texts = everyone(torch.tensor([_hash(key) for key in keys], device=mine.device), context.processes, size).cpu()
     match kind:
+        case "none":
+            return mine
         case "greedy":
             values = every
         case "global":

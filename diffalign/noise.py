@@ -29,6 +29,12 @@ def diffuse(x_0: Tensor, noise: Tensor, at: Level) -> Tensor:
     return spread(at.alpha, x_0) * x_0 + spread(at.sigma, x_0) * noise
 
 
+def noise_between(x_0: Tensor, x_t: Tensor, at: Level) -> Tensor:
+    """The noise that takes x_0 to x_t, `(x_t - alpha x_0) / sigma`, all (B, *latent), in fp32 or better. No level's sigma is 0."""
+    x_t = x_t.to(torch.promote_types(x_t.dtype, torch.float32))
+    return (x_t - spread(at.alpha, x_t) * x_0) / spread(at.sigma, x_t)
+
+
 def draw_noise(shape: torch.Size | tuple[int, ...], like: Tensor, rng: Generator | None = None) -> Tensor:
     """Standard normal noise of `shape`, drawn where the generator lives and moved to the dtype and device of `like`.
 

@@ -45,6 +45,11 @@ DANCE_GRPO = {
     "advantage": "group", "fraction": 0.6,
 }  # fmt: skip
 DANCE_GRPO_SETTINGS = {"learning_rate": 1e-5, "max_grad_norm": 1.0, "guidance_scale": 3.5}
+# The paper's loss: raw rewards, its own estimator, alpha = beta = 1, on the few steps of a speech model
+DLPO = {
+    "estimator": "sf", "updates": 1, "advantage": "none", "denoising_weight": 1.0, "inference_steps": 10, "batches": 4,
+}  # fmt: skip
+DLPO_SETTINGS = {"guidance_scale": 1.0, "learning_rate": 1e-5}
 
 METHODS = {
     "draft": Entry("diffalign.methods.draft:DRaFT", "Reward gradient through the last K sampling steps.", "differentiable reward"),
@@ -68,6 +73,13 @@ METHODS = {
         "any reward",
         DANCE_GRPO,
         DANCE_GRPO_SETTINGS,
+    ),
+    "dlpo": Entry(
+        "diffalign.methods.ddpo:DDPO",
+        "Policy gradient on the reward less the denoising error of the own sample, for speech.",
+        "any reward",
+        DLPO,
+        DLPO_SETTINGS,
     ),
     "dpok": Entry("diffalign.methods.dpok:DPOK", "Policy gradient with a value baseline and a KL to the base model.", "any reward"),
     "prdp": Entry("diffalign.methods.prdp:PRDP", "Regression of log-ratios on reward differences, with proximal updates.", "any reward"),

@@ -44,6 +44,7 @@ CASES = {
     "flow-grpo": Case({**ROUND, "samples": 8, "clip": 0.1, "kl_weight": 0.01}, 0.1, 15, 1.0),
     "flow-grpo-fast": Case({**ROUND, "samples": 8, "clip": 0.1}, 0.1, 15, 0.5),
     "dance-grpo": Case({**ROUND, "samples": 8, "clip": 0.1}, 0.1, 15, 0.5),
+    "dlpo": Case({**ROUND, "denoising_weight": 0.1}, 0.1, 15, 1.0),
     "dpok": Case({**ROUND, "clip": 0.1, "kl_weight": 0.01, "policy_steps": 2, "value_learning_rate": 1e-2}, 0.1, 10, 1.0),
     "prdp": Case({**ROUND, "clip": 0.1, "samples": 4, "beta": 0.02, "updates": 2}, 0.1, 10, 1.0),
     "d3po": Case({**ROUND, "beta": 1.0, "updates": 2}, 0.1, 10, 0.5),
@@ -56,7 +57,7 @@ CASES = {
 ANY_SIGN = {("diffusion-dpo", "offset"), ("refl", "phi")}
 FLOWS = ("flow-grpo", "flow-grpo-fast", "dance-grpo")  # made for flows, and tested on one
 UNBOUNDED = {
-    *((name, "advantage_clip") for name in ("ddpo", *FLOWS)),
+    *((name, "advantage_clip") for name in ("ddpo", "dlpo", *FLOWS)),
     ("rwr", "cap"),
     ("raft", "cap"),
     ("hive", "cap"),

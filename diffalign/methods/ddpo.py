@@ -12,10 +12,10 @@ from torch import Generator, Tensor
 from diffalign.advantages import Kind, advantages
 from diffalign.checks import above_zero, at_least, check, zero_or_more
 from diffalign.errors import InputError
-from diffalign.noise import RectifiedFlow
-from diffalign.objectives.policy_gradient import clipped_surrogate, reinforce
-from diffalign.rounds import check_first_pass, check_noise, greedy_scores, nothing_differs, parts, sample_round, shares
-from diffalign.sampling import SDENoise, noisy, replay
+from diffalign.noise import RectifiedFlow, noise_between
+from diffalign.objectives.policy_gradient import clipped_surrogate, denoising_distance, reinforce
+from diffalign.rounds import Part, Round, check_first_pass, check_noise, greedy_scores, nothing_differs, parts, sample_round, shares
+from diffalign.sampling import Replay, SDENoise, noisy, replay
 from diffalign.types import Context, Loss, Needs, Policy, Prompts, Reward
 
 
@@ -53,9 +53,9 @@ class DDPO:
     """e of the clipped ratio; the log-probabilities are means over the latent dimensions."""
     advantage: Kind = "per_prompt"
     """per_prompt: running statistics of each prompt; global: of the round; group, loo: among a prompt's samples; group_global: as group,
-    over the round's deviation (Flow-GRPO); greedy: ReMax."""
+    over the round's deviation (Flow-GRPO); greedy: ReMax; none: the reward as it is (DLPO)."""
     advantage_clip: float = 5.0
-    """Advantages are cut to plus or minus this."""
+    """Advantages are cut to plus or minus this; not those of kind none."""
     buffer: int = 32
     """per_prompt: the last scores of a prompt that are kept."""
     least: int = 16
@@ -64,6 +64,14 @@ class DDPO:
     """Share of each sample's denoising steps that is trained on."""
     kl_weight: float = 0.0
     """Weight of `KL(pi_theta, pi_ref)` a step; 0 leaves it out."""
+    reward_weight: float = 1.0
+    """alpha: advantages are times this."""
+    denoising_weight: float = 0.0
+    """beta of DLPO: weight of how far the predicted noise is from the one that takes the sample to x_t; 0 leaves it out."""
+    denoising_mode: Literal["reward", "loss"] = "reward"
+    """The distance has no gradient and is subtracted from its step's advantage (DLPO), or is a loss of its own."""
+    denoising_norm: Literal["l2", "rms"] = "l2"
+    """The distance is the Euclidean norm over the latent dimensions (DLPO), or their root mean square, which has no size."""
     kl_unit: Literal["step", "time"] = "step"
     """On a flow: step, the KL of a step; time, `mean((mu_theta - mu_ref)^2) / (2 sigma_t^2)`, `|dt|` times that (Flow-GRPO's code)."""
 
@@ -84,7 +92,8 @@ class DDPO:
         check(self, "advantage_clip", self.advantage_clip > 0, "a number above 0")
         check(self, "least", 1 <= self.least <= self.buffer, f"1 to {self.buffer} (method.buffer)")
         check(self, "fraction", 0 < self.fraction <= 1, "a share above 0, up to 1")
-        zero_or_more(self, "kl_weight")
+        zero_or_more(self, "kl_weight", "reward_weight", "denoising_weight")
+        check(self, "reward_weight", self.reward_weight + self.denoising_weight > 0, "a number above 0, or method.denoising_weight")
         if self.advantage in ("group", "group_global", "loo") and self.samples < 2:
             raise InputError(f"method.advantage {self.advantage} compares samples of one prompt: give method.samples 2 or more.")
         if self.window == "drawn" and self.random_steps is None:
@@ -119,7 +128,7 @@ class DDPO:
             least=self.least,
         )
         about = round_.metrics()
-        if self.kl_weight == 0 and nothing_differs(int(round_.everyone(gains).count_nonzero()), context):
+        if self.kl_weight == self.denoising_weight == 0 and nothing_differs(int(round_.everyone(gains).count_nonzero()), context):
             return
         stale = False
         for _ in range(self.inner_epochs):
@@ -132,13 +141,19 @@ class DDPO:
                     change = (log_prob - old).detach()
                     if not stale:
                         check_first_pass(change, self.clip)
-                    advantage = gains[part.rows[: part.count].to(gains.device)]
+                    advantage = self.reward_weight * gains[part.rows[: part.count].to(gains.device)]
+                    distance = self._distance(round_, part, now) if self.denoising_weight > 0 else None
+                    if distance is not None and self.denoising_mode == "reward":
+                        advantage = advantage - self.denoising_weight * distance.detach()
                     if self.estimator == "is":
                         loss = clipped_surrogate(log_prob, old, advantage, clip=self.clip)
                     else:
                         loss = reinforce(log_prob, advantage)
                     clipped = ((change.exp() - 1).abs() > self.clip).float().mean()
                     metrics = {**about, "clip_fraction": clipped, "policy_kl": (change**2).mean() / 2}
+                    if distance is not None:
+                        metrics["denoising_distance"] = distance.detach().mean()
+                        loss = loss + self.denoising_weight * distance if self.denoising_mode == "loss" else loss
                     if self.kl_weight > 0:
                         with torch.no_grad(), policy.reference():
                             base = replay(policy, round_.trajectory, part.steps, part.rows, kernel)
@@ -146,6 +161,15 @@ class DDPO:
                         loss, metrics["kl"] = loss + self.kl_weight * kl, kl.detach().mean()
                     yield Loss(loss.sum() / share.total, metrics, update=part.last)
                 stale = True
+
+    def _distance(self, round_: Round, part: Part, now: Replay) -> Tensor:
+        """(count,) `||eps_tilde - eps_theta(x_t, t, c)||`, eps_tilde the noise that takes the sample's x_0 to x_t."""
+        steps, rows = part.steps[: part.count], part.rows[: part.count]
+        states, where = round_.trajectory.states, round_.trajectory.states.device
+        made = noise_between(
+            round_.trajectory.final[rows.to(where)], states[steps.to(where), rows.to(where)], round_.trajectory.schedule.now[steps]
+        )
+        return denoising_distance(made, now.noise[: part.count], self.denoising_norm)
 
     def _lengths(self, policy: Policy) -> Tensor:
         """(T,) what the KL of each step is multiplied with."""

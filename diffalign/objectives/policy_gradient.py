@@ -47,3 +47,17 @@ def gaussian_kl(mean: Tensor, other_mean: Tensor, std: Tensor, *, reduce: Litera
     dtype = torch.promote_types(mean.dtype, torch.float32)
     squared = (mean.to(dtype) - other_mean.to(dtype)).reshape(len(mean), -1) ** 2
     return (squared.mean(1) if reduce == "mean" else squared.sum(1)) / (2 * std.to(squared) ** 2)
+
+
+def denoising_distance(made: Tensor, predicted: Tensor, norm: Literal["l2", "rms"] = "l2") -> Tensor:
+    """(B,) `||eps_tilde - eps_theta||`, both (B, *latent), in fp32 or better: DLPO's penalty (arXiv 2405.14632) on a sample's step.
+
+    `l2` is the Euclidean norm, as the paper has it; `rms` divides it by the root of the number of latent dimensions. Its gradient where the
+    two are equal is 0. Raises ValueError for another norm.
+    """
+    if norm not in ("l2", "rms"):
+        raise ValueError(f"denoising_distance: norm is {norm!r}; give 'l2' or 'rms'.")
+    dtype = torch.promote_types(predicted.dtype, torch.float32)
+    difference = (made.to(dtype) - predicted.to(dtype)).reshape(len(made), -1)
+    length: Tensor = torch.linalg.vector_norm(difference, dim=1)  # pyright: ignore[reportUnknownMemberType]
+    return length if norm == "l2" else length / difference.shape[1] ** 0.5
