@@ -13,7 +13,6 @@ unfaithful to the prompt.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import time
@@ -83,7 +82,8 @@ def train_parts(name: str, steps: int, lr: float, parts: Mapping[str, Any], targ
             average.store(parameters)
             average.copy_to(parameters)
             for folder, module in parts.items():
-                copy.deepcopy(module).half().save_pretrained(target / folder)
+                module.half().save_pretrained(target / folder)  # no copy: weight normalisation forbids one
+                module.float()
             average.restore(parameters)
 
 
@@ -358,15 +358,20 @@ def assemble(output: Path) -> None:
 def ship(pipeline: Any, output: Path) -> None:
     """The pipeline's folder as it is shipped, and the prompts."""
     pipeline.save_pretrained(output)
+    tidy(output)
+    (output / "prompts").mkdir(exist_ok=True)
+    for name, scenes in zip(("train", "heldout"), shapes.split(), strict=True):
+        (output / "prompts" / f"{name}.txt").write_text("".join(shapes.caption(scene) + "\n" for scene in scenes))
+
+
+def tidy(output: Path) -> None:
+    """The same files on every machine."""
     for file in output.rglob("config.json"):  # diffusers writes down where the parts were loaded from
         config = json.loads(file.read_text())
         config.pop("_name_or_path", None)
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for file in output.rglob("*.safetensors"):
         file.chmod(0o644)  # as git keeps it
-    (output / "prompts").mkdir(exist_ok=True)
-    for name, scenes in zip(("train", "heldout"), shapes.split(), strict=True):
-        (output / "prompts" / f"{name}.txt").write_text("".join(shapes.caption(scene) + "\n" for scene in scenes))
 
 
 def start(seed: int) -> Generator:
