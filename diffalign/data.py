@@ -16,7 +16,7 @@ from diffalign.cache import digest
 from diffalign.errors import InputError
 from diffalign.media import data_uri, decode_image, fit, from_data_uri
 from diffalign.registry import MODELS, PROMPTS
-from diffalign.types import PictureField, PicturePolicy, Policy, Prompts
+from diffalign.types import PromptField, PicturePolicy, Policy, Prompts
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def batch_of(prompts: Sequence[Prompt], policy: Policy | None = None) -> Prompts
     return Prompts(texts, images, torch.stack(masks) if masks else None)
 
 
-def takes(policy: Policy | None) -> tuple[PictureField, ...]:
+def takes(policy: Policy | None) -> tuple[PromptField, ...]:
     """Which pictures the policy's prompts come with."""
     return policy.takes if isinstance(policy, PicturePolicy) else ()
 

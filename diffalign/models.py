@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ OPTIONS = (
     "image_guidance_scale",
     "true_cfg_scale",
     "max_sequence_length",
+    "audio_seconds",
     "original_size",
     "crops_coords_top_left",
     "target_size",
@@ -81,7 +83,9 @@ def quiet() -> Iterator[None]:
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # theirs, about torch's functions that they call
+            yield
     finally:
         transformers_logging.set_verbosity(level)
         diffusers_logging.set_verbosity(diffusers_level)

@@ -120,6 +120,8 @@ PIPELINES = {
     "StableDiffusion3Pipeline": Entry("diffalign.pipelines.sd3:StableDiffusion3", "Stable Diffusion 3 and 3.5.", "image"),
     "FluxPipeline": Entry("diffalign.pipelines.flux:Flux", "FLUX.1, text to image.", "image"),
     "ZImagePipeline": Entry("diffalign.pipelines.z_image:ZImage", "Z-Image and Z-Image-Turbo.", "image"),
+    "AudioLDM2Pipeline": Entry("diffalign.pipelines.audioldm2:AudioLDM2", "AudioLDM 2: text to sound; with VITS, speech.", "audio"),
+    "LongCatAudioDiTPipeline": Entry("diffalign.pipelines.longcat_audio:LongCatAudio", "LongCat-AudioDiT: speech.", "audio"),
 }
 UNSUITED = {
     "StableDiffusionXLImg2ImgPipeline": "SDXL's refiner works on pictures of the base model: align that one (StableDiffusionXLPipeline), "

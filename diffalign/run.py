@@ -20,7 +20,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from diffalign import checkpoint, kohya
+from diffalign import checkpoint, kohya, lora
 from diffalign.config import Plan, resolve
 from diffalign.data import Prompt, read_file, text_of, write_file
 from diffalign.errors import InputError
@@ -125,7 +125,7 @@ class Run:
                 network = network_of(pipe)
                 setattr(pipe, network, type(getattr(pipe, network)).from_pretrained(weights, use_safetensors=True))
             else:
-                pipe.load_lora_weights(str(weights), adapter_name="default")
+                lora.load(pipe, network_of(pipe), weights)
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{weights} is damaged ({reason}). Write it again: diffalign train --resume {self.path}") from error
@@ -165,7 +165,7 @@ class Run:
         if steps < 1 or not math.isfinite(lora_scale) or not 0 <= seed < 2**63:
             raise InputError(f"steps {steps}, lora_scale {lora_scale}, seed {seed}: give 1 or more steps, a finite scale, a seed from 0.")
         chosen: dict[str, Any] = dict(steps=steps, seed=seed, batch_size=settings.batch_size)
-        with _scaled(policy.pipe, lora_scale):
+        with lora.scaled(policy.pipe, network_of(policy.pipe), lora_scale):
             after = sample(policy, prompts, suffix=self.plan.suffix, **chosen)
         with policy.reference():
             before = sample(policy, prompts, **chosen)
@@ -285,19 +285,6 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
         return path
-
-
-@contextmanager
-def _scaled(pipe: Any, lora_scale: float) -> Iterator[None]:
-    """The pipeline's LoRA at another strength while the block runs."""
-    if lora_scale == 1.0:
-        yield
-        return
-    pipe.set_adapters("default", lora_scale)
-    try:
-        yield
-    finally:
-        pipe.set_adapters("default", 1.0)
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -25,7 +25,7 @@ from diffalign.errors import InputError
 from diffalign.media import data_uri, to_pil
 from diffalign.models import device_type
 from diffalign.settings import Settings
-from diffalign.types import Data, PictureField
+from diffalign.types import Data, PromptField
 
 MOST = {"steps": 2, "batch_size": 2, "accumulate": 2, "eval_size": 2, "warmup_steps": 1}  # of the settings
 MOST_OF_METHOD = {"batches": 1, "samples": 2, "forwards": 1, "pretrain_batches": 1}
@@ -84,7 +84,7 @@ def made(settings: Settings, source: str | None) -> bool:
     return source.startswith("hf:") or not Path(source).expanduser().exists()
 
 
-def prompts(takes: Sequence[PictureField]) -> list[Prompt]:
+def prompts(takes: Sequence[PromptField]) -> list[Prompt]:
     """Twelve prompts, with the pictures and masks that a pipeline takes; always the same ones."""
     if not takes:
         return list(TEXTS)
@@ -93,7 +93,7 @@ def prompts(takes: Sequence[PictureField]) -> list[Prompt]:
 
 
 @contextmanager
-def data(kind: Data, takes: Sequence[PictureField]) -> Iterator[str]:
+def data(kind: Data, takes: Sequence[PromptField]) -> Iterator[str]:
     """A folder, while the block runs, with twelve examples of the kind on which a method trains; always the same ones.
 
     Raises InputError for trajectories, which a model must have sampled.
@@ -107,7 +107,7 @@ def data(kind: Data, takes: Sequence[PictureField]) -> Iterator[str]:
         yield folder
 
 
-def _row(kind: Data, text: str, takes: Sequence[PictureField], rng: Generator) -> dict[str, str]:
+def _row(kind: Data, text: str, takes: Sequence[PromptField], rng: Generator) -> dict[str, str]:
     one, other = (data_uri(_picture(rng)) for _ in range(2))
     if kind == "edits":
         return {"instruction": text, "source": one, "edited": other}
