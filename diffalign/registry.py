@@ -103,6 +103,13 @@ REWARDS = {
     "shapes-edit-clip": Entry("diffalign.rewards.shapes:ShapesEditCLIP", "Tiny CLIP on the caption after an edit.", "differentiable"),
     "jpeg-compressibility": Entry("diffalign.rewards.jpeg:JPEGCompressibility", "Minus the kB of a JPEG at quality 95.", "score"),
     "jpeg-incompressibility": Entry("diffalign.rewards.jpeg:JPEGCompressibility", "The kB of a JPEG at quality 95.", "score", {"sign": 1}),
+    "ctc": Entry("diffalign.rewards.speech:CTC", "Likelihood of the transcript under a CTC recogniser.", "differentiable"),
+    "wer": Entry("diffalign.rewards.speech:ErrorRate", "Minus the word error rate under Whisper or a CTC recogniser.", "score"),
+    "cer": Entry("diffalign.rewards.speech:ErrorRate", "Minus the character error rate.", "score", {"unit": "character"}),
+    "digits-ctc": Entry("diffalign.rewards.speech:CTC", "The same with the embedded recogniser.", "differentiable", {"model": "digits"}),
+    "digits-wer": Entry(
+        "diffalign.rewards.speech:ErrorRate", "Minus the word error rate, with the embedded one.", "score", {"model": "digits"}
+    ),
 }
 PIPELINES = {
     "StableDiffusionPipeline": Entry("diffalign.pipelines.stable_diffusion:StableDiffusion", "Stable Diffusion 1.x and 2.x.", "image"),

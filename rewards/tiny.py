@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -80,3 +81,73 @@ def unconverted(state: dict[str, Tensor], source_of: Callable[[str], Source]) ->
         source = source_of(name)
         parts.setdefault(source.key, {})[source.part or 0] = tensor.T if source.transposed else tensor
     return {key: torch.cat([found[i] for i in sorted(found)]) if len(found) > 1 else found[0].contiguous() for key, found in parts.items()}
+
+
+def wav2vec2(kind: str = "Wav2Vec2", head: str = "Model", **fields: Any) -> Any:
+    """transformers' `kind` + `head` (Wav2Vec2Model, HubertForCTC, ...) of some thousand weights; a frame every 160 samples, from 320 on."""
+    import transformers
+
+    config = dict(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, conv_dim=[16, 16], conv_kernel=[32, 10],
+        conv_stride=[16, 10], num_feat_extract_layers=2, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, vocab_size=32,
+        tdnn_dim=[16, 16, 16, 16, 32], tdnn_kernel=[5, 3, 3, 1, 1], tdnn_dilation=[1, 2, 3, 1, 1], xvector_output_dim=16,
+    )  # fmt: skip
+    found: Any = getattr(transformers, f"{kind}Config")(**{**config, **fields})
+    return seeded(lambda: getattr(transformers, kind + head)(found)).eval()
+
+
+def save_ear(folder: Path, model: Any, sample_rate: int = 16000, normalises: bool = True) -> Path:
+    """A folder as transformers' repositories of wav2vec 2.0 have it: network and feature extractor."""
+    from transformers import Wav2Vec2FeatureExtractor
+
+    with quiet():
+        model.save_pretrained(folder)
+        Wav2Vec2FeatureExtractor(sampling_rate=sample_rate, do_normalize=normalises).save_pretrained(folder)
+    return folder
+
+
+def save_recogniser(folder: Path, kind: str = "Wav2Vec2", letters: str = string.ascii_lowercase + "'", **fields: Any) -> Path:
+    """A CTC network of 8 kHz that spells, with its tokenizer and feature extractor, saved into `folder`."""
+    from transformers import Wav2Vec2CTCTokenizer
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", "|", *letters]
+    save_ear(folder, wav2vec2(kind, "ForCTC", **{"vocab_size": len(words), "pad_token_id": 0, **fields}), sample_rate=8000)
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    with quiet():
+        Wav2Vec2CTCTokenizer(str(folder / "vocab.json")).save_pretrained(folder)
+    return folder
+
+
+def save_whisper(folder: Path, languages: tuple[str, ...] = ("en", "de")) -> Path:
+    """A WhisperForConditionalGeneration of 30 s at 16 kHz with its tokenizer of bytes and feature extractor, saved into `folder`."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
+
+    special = [
+        "<|endoftext|>",
+        "<|startoftranscript|>",
+        *(f"<|{x}|>" for x in languages),
+        "<|translate|>",
+        "<|transcribe|>",
+        "<|notimestamps|>",
+    ]
+    vocabulary = {word: i for i, word in enumerate([*sorted(ByteLevel.alphabet()), *special])}
+    end, start = vocabulary["<|endoftext|>"], vocabulary["<|startoftranscript|>"]
+    marks = dict(pad_token_id=end, bos_token_id=end, eos_token_id=end, decoder_start_token_id=start)
+    config = WhisperConfig(
+        vocab_size=len(vocabulary), d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8, max_target_positions=40, suppress_tokens=None, begin_suppress_tokens=None, **marks,
+    )  # fmt: skip
+    model: Any = seeded(lambda: WhisperForConditionalGeneration(config)).eval()
+    model.generation_config = GenerationConfig(
+        is_multilingual=bool(languages), no_timestamps_token_id=vocabulary["<|notimestamps|>"], max_length=40,
+        lang_to_id={f"<|{x}|>": vocabulary[f"<|{x}|>"] for x in languages},
+        task_to_id={x: vocabulary[f"<|{x}|>"] for x in ("translate", "transcribe")}, **marks,
+    )  # fmt: skip
+    with quiet():
+        model.save_pretrained(folder)
+        tokenizer = WhisperTokenizer(vocab=vocabulary, merges=[])
+        tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
+        tokenizer.save_pretrained(folder)
+        WhisperFeatureExtractor(feature_size=8).save_pretrained(folder)
+    return folder

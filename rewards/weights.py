@@ -172,8 +172,11 @@ def build(model_class: Any, config: Any, state: Mapping[str, Tensor], dtype: tor
     return model.eval().requires_grad_(False)
 
 
-def load(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """A transformers network from a folder, frozen. Raises InputError where it does not load, or weights are missing."""
+def load(model_class: Any, folder: Path, dtype: torch.dtype, unused: str | None = None) -> Any:
+    """A transformers network from a folder, frozen. Raises InputError where it does not load, or weights are missing.
+
+    `unused` is a pattern of the weights that are of training alone: published files often lack them.
+    """
     try:
         with quiet():
             model, said = model_class.from_pretrained(
@@ -181,8 +184,9 @@ def load(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
             )
     except Exception as error:
         raise InputError(f"The model in {folder} does not load: {_said(error)} Fetch or save it again.") from error
-    if said["missing_keys"]:
-        raise InputError(f"The model in {folder} lacks {len(said['missing_keys'])} weights: {_some(sorted(said['missing_keys']))}.")
+    missing = sorted(key for key in said["missing_keys"] if unused is None or not re.search(unused, key))
+    if missing:
+        raise InputError(f"The model in {folder} lacks {len(missing)} weights: {_some(missing)}.")
     if said["mismatched_keys"]:
         shapes = [f"{key} {tuple(theirs)}, not {tuple(ours)}" for key, theirs, ours in sorted(said["mismatched_keys"])]
         raise InputError(f"The model in {folder} has weights of another shape than its config.json says: {_some(shapes)}.")
