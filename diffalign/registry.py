@@ -110,6 +110,7 @@ REWARDS = {
     "digits-wer": Entry(
         "diffalign.rewards.speech:ErrorRate", "Minus the word error rate, with the embedded one.", "score", {"model": "digits"}
     ),
+    "mos": Entry("diffalign.rewards.mos:MOS", "UTMOS: the naturalness of speech, about 1 to 5; reads no prompt.", "differentiable"),
 }
 PIPELINES = {
     "StableDiffusionPipeline": Entry("diffalign.pipelines.stable_diffusion:StableDiffusion", "Stable Diffusion 1.x and 2.x.", "image"),

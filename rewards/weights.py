@@ -46,6 +46,25 @@ def fetch(repo: str, file: str, revision: str, local: Path | None, sha256: str |
     return path
 
 
+def fetch_url(url: str, local: Path | None, sha256: str | None = None) -> Path:
+    """The user's file `local`, or a file that is no Hub's, kept where torch.hub keeps such; InputError where it is none, or another one."""
+    name = url.rpartition("/")[2]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name if local is None else local.expanduser()
+    if local is not None and not path.is_file():
+        raise InputError(f"There is no file {path}: --reward.checkpoint takes the path of {name}.")
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), progress=False)
+        except Exception as error:
+            raise InputError(
+                f"{name} could not be fetched ({type(error).__name__}). Where there is no network, download {url} elsewhere and name the "
+                "file: --reward.checkpoint FILE."
+            ) from error
+    check_sha256(path, sha256)
+    return path
+
+
 def snapshot(repo: str, revision: str, local: Path | None, flag: str, patterns: Sequence[str]) -> Path:
     """The user's folder `local`, or one with the files of a Hub repository that fit the patterns. InputError where there is none."""
     if local is not None:
