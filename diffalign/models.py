@@ -14,6 +14,7 @@ import torch
 from diffalign import knobs, registry, sources
 from diffalign.errors import InputError, nearest
 from diffalign.settings import Settings
+from diffalign.types import Modality
 
 OPTIONS = (
     "image_guidance_scale",
@@ -67,6 +68,11 @@ def adapter_of(class_name: str) -> Any:
             "An adapter is one file: see 'A pipeline' in docs/design.md."
         )
     return registry.find("pipelines", class_name)[0]
+
+
+def modality_of(class_name: str) -> Modality | None:
+    """What a pipeline of this class makes; None where its adapter does not say so before it is loaded. Raises InputError as `adapter_of`."""
+    return getattr(adapter_of(class_name), "modality", None)
 
 
 @contextmanager

@@ -103,6 +103,8 @@ REWARDS = {
     "shapes-edit-clip": Entry("diffalign.rewards.shapes:ShapesEditCLIP", "Tiny CLIP on the caption after an edit.", "differentiable"),
     "jpeg-compressibility": Entry("diffalign.rewards.jpeg:JPEGCompressibility", "Minus the kB of a JPEG at quality 95.", "score"),
     "jpeg-incompressibility": Entry("diffalign.rewards.jpeg:JPEGCompressibility", "The kB of a JPEG at quality 95.", "score", {"sign": 1}),
+    "loudness": Entry("diffalign.rewards.sound:Loudness", "Of sound: how near its level is to a target.", "differentiable"),
+    "silence": Entry("diffalign.rewards.sound:Silence", "Of sound: minus the share that is silent.", "score"),
     "ctc": Entry("diffalign.rewards.speech:CTC", "Likelihood of the transcript under a CTC recogniser.", "differentiable"),
     "wer": Entry("diffalign.rewards.speech:ErrorRate", "Minus the word error rate under Whisper or a CTC recogniser.", "score"),
     "cer": Entry("diffalign.rewards.speech:ErrorRate", "Minus the character error rate.", "score", {"unit": "character"}),

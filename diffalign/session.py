@@ -18,14 +18,14 @@ from diffalign.checkpoint import whole
 from diffalign.config import Plan, check_needs, resolve
 from diffalign.console import comparison, console, say, say_notes, watch
 from diffalign.contract import CheckedReward, short_name
-from diffalign.data import Prompt, PromptList, check_pictures, text_of
+from diffalign.data import Prompt, PromptList, check_fit, text_of
 from diffalign.errors import InputError
 from diffalign.evaluate import evaluate, implicit_accuracy, sample, sheet
 from diffalign.flags import flat
-from diffalign.inputs import Data, check_reward, eval_rewards, given_prompts, open_data, prompt_lists
+from diffalign.inputs import Data, check_media, check_reward, eval_rewards, given_prompts, open_data, prompt_lists
 from diffalign.loop import Training, prepare, train
 from diffalign.memory import Trial, within_budget
-from diffalign.models import adapter_of, class_of, make_policy, prepare_to_train
+from diffalign.models import class_of, make_policy, modality_of, prepare_to_train
 from diffalign.processes import failed_before, least_of_all, make_accelerator, mesh_of, one_for_all
 from diffalign.report import curve
 from diffalign.run import Run, forget_peak
@@ -56,7 +56,7 @@ def start(
         raise InputError("fsdp: a live pipeline would be left in parts. Give its folder or Hub id, or leave fsdp out.")
     if settings.tiny and live is not None:
         raise InputError("tiny: a live pipeline has no twin. Give its folder or Hub id, or leave tiny out.")
-    adapter_of(class_of(settings, live))
+    check_media(plan, modality_of(class_of(settings, live)))
     accelerator = make_accelerator(settings)
     path = Path(one_for_all(str(Path(output).expanduser() if output else _fresh_name(plan))))
     if accelerator.is_main_process:
@@ -71,7 +71,7 @@ def start(
     with _given_back(policy, live):
         data = open_data(plan, policy, accelerator)
         train_prompts, held_out = prompt_lists(settings, prompts, eval_prompts, data)
-        check_pictures([*train_prompts, *held_out], policy)
+        check_fit([*train_prompts, *held_out], policy)
         check_reward(plan, policy, train_prompts)
         for steps in {plan.sample_steps, vars(plan.method).get("inference_steps", plan.sample_steps)}:
             policy.path.schedule(steps)

@@ -31,7 +31,7 @@ class Settings:
     data_limit: int | None = None
     """Use so many examples of the data, the first ones."""
     bad_pictures: Literal["refuse", "skip"] = "refuse"
-    """What to do with data pictures that are missing or damaged."""
+    """What to do with pictures, or sounds, of the data that are missing or damaged."""
     eval_prompts: str | None = None
     """Held-out prompts; by default a tenth of the prompts is held out."""
     eval_rewards: list[str] | None = None

@@ -149,7 +149,8 @@ def _length(pipe: Any, seconds: float | None) -> tuple[int, int]:
     seconds = pipe.unet.config.sample_size * factor * hop if seconds is None else seconds
     if seconds < hop * factor:
         raise InputError(f"audio_seconds is {seconds:g}, and this model's shortest sound has {hop * factor:g}.")
-    return math.ceil(int(seconds / hop) / factor) * factor, int(seconds * config.sampling_rate)
+    frames = math.ceil(int(seconds / hop) / factor) * factor
+    return frames, min(int(seconds * config.sampling_rate), frames * math.prod(config.upsample_rates))
 
 
 def _check(pipe: Any, speech: bool) -> None:

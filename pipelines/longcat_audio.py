@@ -66,6 +66,7 @@ class LongCatAudioFamily:
         dtype, came, coder = PRECISIONS[precision], dtypes_of(pipe), PRECISIONS[vae_precision]
         for name, kind in {"vae": coder, "transformer": dtype, "text_encoder": dtype}.items():
             freeze(getattr(pipe, name), device, kind)
+        path = _path(pipe.scheduler)
         inverted, guided, samples = pipe.scheduler.config.invert_sigmas, guidance_scale > 1, frames * pipe.vae_scale_factor
         names = (*NAMES, *(NULL + name for name in NAMES)) if guided else NAMES
         mark = "" if negative_prompt is None else f"\0{negative_prompt}"
@@ -91,7 +92,7 @@ class LongCatAudioFamily:
             component="transformer",
             lora_targets=list(ATTENTION),
             network=lambda x_t, t, tensors: _velocity(pipe, x_t, t, tensors, inverted),
-            path=_path(pipe.scheduler),
+            path=path,
             texts=TextCache(encode, device, names, capacity=256),
             encoders={"text_encoder": "tokenizer"},
             keys=keys,

@@ -203,7 +203,7 @@ def longcat_audio(seed: int = 0, transformer: dict[str, Any] | None = None, **sc
     words = _t5()[1]
     text = UMT5Config(vocab_size=len(words), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     vae = LongCatAudioDiTVae(
-        channels=4, c_mults=[1, 2, 2], strides=[2, 10, 10], latent_dim=8, encoder_latent_dim=16, downsampling_ratio=200, sample_rate=2000
+        channels=8, c_mults=[1, 2, 2], strides=[2, 10, 10], latent_dim=8, encoder_latent_dim=16, downsampling_ratio=200, sample_rate=2000
     )
     with torch.no_grad():
         vae.decoder.layers[-2].weight_g.mul_(0.05)  # within full scale

@@ -113,7 +113,7 @@ def test_a_scheduler_without_a_kernel_is_replaced_which_is_said():
 @pytest.mark.parametrize("seconds", [0.1, 0.105])
 def test_a_length_of_ones_own(seconds: float):
     policy = policy_of(audioldm2(), audio_seconds=seconds)
-    assert policy.samples == math.floor(seconds * 16000)
+    assert policy.samples == math.floor(100 * seconds) * 160, "whole frames"
     torch.testing.assert_close(sounds(policy), own_sounds(policy), rtol=0, atol=1e-4)
     assert sounds(policy).shape == (2, policy.samples)
 
@@ -206,9 +206,8 @@ def test_dropped_text_is_the_unconditional_branch(make: Any):
     assert whole.null is not None
     x_t, at = policy.prior(whole, Generator().manual_seed(0)), policy.path.schedule(4).now[1]
     unconditional = policy.predict(x_t, at, Condition(whole.null))
-    if policy.pipe.components.get("text_encoder_2") is None or policy.takes:  # T5's own padding counts in GPT-2's positions
-        same = policy.predict(x_t, at, dropped)
-        torch.testing.assert_close(same, unconditional, rtol=0.2 if not policy.takes else 1e-5, atol=0.2 if not policy.takes else 1e-5)
+    if policy.takes:  # the others' is as long as the prompt, and that of no text is not
+        torch.testing.assert_close(policy.predict(x_t, at, dropped), unconditional)
     assert (policy.predict(x_t, at, dropped) - policy.predict(x_t, at, Condition(whole.tensors))).abs().max() > 1e-3
 
 
@@ -236,7 +235,8 @@ def test_a_replayed_step_has_the_same_log_probability(make: Any):
         action = transition(policy, taken.states[i], taken.schedule.now[i], taken.schedule.then[i], taken.condition, ddim(1.0))
         log_prob = action.log_prob(taken.states[i + 1])
         assert torch.equal(log_prob, taken.log_probs[i])
-        assert log_prob.requires_grad
+        assert log_prob.requires_grad == bool(taken.actions[i])
+    assert taken.actions.sum() >= 3
 
 
 def test_the_saved_lora_loads_through_peft_into_the_plain_pipeline(make: Any, tmp_path: Path):
@@ -275,8 +275,9 @@ def test_a_lora_that_is_none_or_of_another_network(tmp_path: Path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"no")
     with pytest.raises(InputError, match="holds no LoRA that can be read"):
         policy_of(audioldm2()).adapt(LoRA(init=str(tmp_path)))
+    (tmp_path / "adapter_config.json").unlink()
     with pytest.raises(InputError, match=r"holds no adapter_config.json"):
-        policy_of(audioldm2()).adapt(LoRA(init=str(tmp_path / "missing")))
+        policy_of(audioldm2()).adapt(LoRA(init=str(tmp_path)))
 
 
 def test_full_fine_tuning_keeps_the_base(make: Any, tmp_path: Path):

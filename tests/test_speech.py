@@ -298,7 +298,7 @@ def test_a_whispers_transcript_is_transformers_own(tmp_path: Path) -> None:
     assert reward.transcribe(media) == wanted
     assert any(wanted)
     assert reward.sample_rate == 16000
-    scores = CheckedReward(replace(reward, unit="character", language=None), "cer")(media, THREE[:2])
+    scores = CheckedReward(replace(reward, unit="character", language=None), "cer")(media, replace(THREE[:2], sample_rate=16000))
     assert (scores <= 0).all()
     with pytest.raises(InputError, match=r"language is fr: the Whisper in .* is told one of de en"):
         replace(reward, language="fr").open()
@@ -317,7 +317,7 @@ def test_every_row_has_a_twin_of_its_class_that_scores(name: str, tmp_path: Path
     checked = CheckedReward(twin, name)
     checked.open()
     media = sounds(2, 2 * twin.sample_rate).requires_grad_()
-    scores = checked(media, Prompts(("a", "b"), transcript=("one", "two")))
+    scores = checked(media, Prompts(("a", "b"), transcript=("one", "two"), sample_rate=twin.sample_rate))
     assert (scores <= 0).all()
     assert twin.modality == "audio"
     assert scores.requires_grad == twin.differentiable
