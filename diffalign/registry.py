@@ -113,6 +113,7 @@ REWARDS = {
         "diffalign.rewards.speech:ErrorRate", "Minus the word error rate, with the embedded one.", "score", {"model": "digits"}
     ),
     "mos": Entry("diffalign.rewards.mos:MOS", "UTMOS: the naturalness of speech, about 1 to 5; reads no prompt.", "differentiable"),
+    "clap": Entry("diffalign.rewards.clap:CLAP", "Of sound: cosine with its description under CLAP.", "differentiable"),
 }
 PIPELINES = {
     "StableDiffusionPipeline": Entry("diffalign.pipelines.stable_diffusion:StableDiffusion", "Stable Diffusion 1.x and 2.x.", "image"),

@@ -151,3 +151,25 @@ def save_whisper(folder: Path, languages: tuple[str, ...] = ("en", "de")) -> Pat
         tokenizer.save_pretrained(folder)
         WhisperFeatureExtractor(feature_size=8).save_pretrained(folder)
     return folder
+
+
+def save_clap(folder: Path, **extractor: Any) -> Path:
+    """A ClapModel without fusion for sounds of 1 s at 48 kHz, with its tokenizer and feature extractor, saved into `folder`."""
+    from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, RobertaTokenizer
+
+    words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "\u0120", *LETTERS]
+    text = dict(
+        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=80, bos_token_id=0, pad_token_id=1, eos_token_id=2, projection_dim=16,
+    )  # fmt: skip
+    ears = dict(
+        spec_size=32, num_mel_bins=8, patch_embeds_hidden_size=8, hidden_size=16, depths=[1, 1], num_attention_heads=[2, 2],
+        num_hidden_layers=2, window_size=2, num_classes=2, projection_dim=16,
+    )  # fmt: skip
+    model: Any = seeded(lambda: ClapModel(ClapConfig(text_config=text, audio_config=ears, projection_dim=16)))
+    said = dict(feature_size=8, max_length_s=1, truncation="rand_trunc", padding="repeatpad")
+    with quiet():
+        model.save_pretrained(folder)
+        RobertaTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77).save_pretrained(folder)
+        ClapFeatureExtractor(**{**said, **extractor}).save_pretrained(folder)
+    return folder
