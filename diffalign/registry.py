@@ -114,6 +114,29 @@ REWARDS = {
     ),
     "mos": Entry("diffalign.rewards.mos:MOS", "UTMOS: the naturalness of speech, about 1 to 5; reads no prompt.", "differentiable"),
     "clap": Entry("diffalign.rewards.clap:CLAP", "Of sound: cosine with its description under CLAP.", "differentiable"),
+    "si-sdr": Entry("diffalign.rewards.compared:SISDR", "Of sound: dB of signal over distortion beside a recording.", "differentiable"),
+    "stoi": Entry(
+        "diffalign.rewards.compared:Compared", "Of speech: intelligibility beside a recording.", "score",
+        extra="speech-metrics", package="pystoi",
+    ),
+    "pesq": Entry(
+        "diffalign.rewards.compared:Compared", "Of speech: quality beside a recording.", "score", {"measure": "pesq"},
+        extra="speech-metrics", package="pesq",
+    ),
+    "speaker-similarity": Entry(
+        "diffalign.rewards.voices:SpeakerSimilarity", "Of speech: cosine of the speaker's vector with a recording's.", "differentiable"
+    ),
+    "speech-bert-score": Entry(
+        "diffalign.rewards.voices:SpeechBERTScore", "Of speech: BERTScore between its frames and a recording's.", "differentiable"
+    ),
+    "dnsmos": Entry(
+        "diffalign.rewards.predicted:DNSMOS", "Of speech: DNSMOS, the quality that people would hear, 1 to 5.", "score",
+        extra="speech-metrics", package="torchmetrics",
+    ),
+    "nisqa": Entry(
+        "diffalign.rewards.predicted:NISQA", "Of speech: NISQA, the quality that people would hear, 1 to 5.", "score",
+        extra="speech-metrics", package="torchmetrics",
+    ),
 }
 PIPELINES = {
     "StableDiffusionPipeline": Entry("diffalign.pipelines.stable_diffusion:StableDiffusion", "Stable Diffusion 1.x and 2.x.", "image"),
