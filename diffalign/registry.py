@@ -116,12 +116,19 @@ REWARDS = {
     "clap": Entry("diffalign.rewards.clap:CLAP", "Of sound: cosine with its description under CLAP.", "differentiable"),
     "si-sdr": Entry("diffalign.rewards.compared:SISDR", "Of sound: dB of signal over distortion beside a recording.", "differentiable"),
     "stoi": Entry(
-        "diffalign.rewards.compared:Compared", "Of speech: intelligibility beside a recording.", "score",
-        extra="speech-metrics", package="pystoi",
+        "diffalign.rewards.compared:Compared",
+        "Of speech: intelligibility beside a recording.",
+        "score",
+        extra="speech-metrics",
+        package="pystoi",
     ),
     "pesq": Entry(
-        "diffalign.rewards.compared:Compared", "Of speech: quality beside a recording.", "score", {"measure": "pesq"},
-        extra="speech-metrics", package="pesq",
+        "diffalign.rewards.compared:Compared",
+        "Of speech: quality beside a recording.",
+        "score",
+        {"measure": "pesq"},
+        extra="speech-metrics",
+        package="pesq",
     ),
     "speaker-similarity": Entry(
         "diffalign.rewards.voices:SpeakerSimilarity", "Of speech: cosine of the speaker's vector with a recording's.", "differentiable"
@@ -130,12 +137,18 @@ REWARDS = {
         "diffalign.rewards.voices:SpeechBERTScore", "Of speech: BERTScore between its frames and a recording's.", "differentiable"
     ),
     "dnsmos": Entry(
-        "diffalign.rewards.predicted:DNSMOS", "Of speech: DNSMOS, the quality that people would hear, 1 to 5.", "score",
-        extra="speech-metrics", package="torchmetrics",
+        "diffalign.rewards.predicted:DNSMOS",
+        "Of speech: DNSMOS, the quality that people would hear, 1 to 5.",
+        "score",
+        extra="speech-metrics",
+        package="torchmetrics",
     ),
     "nisqa": Entry(
-        "diffalign.rewards.predicted:NISQA", "Of speech: NISQA, the quality that people would hear, 1 to 5.", "score",
-        extra="speech-metrics", package="torchmetrics",
+        "diffalign.rewards.predicted:NISQA",
+        "Of speech: NISQA, the quality that people would hear, 1 to 5.",
+        "score",
+        extra="speech-metrics",
+        package="torchmetrics",
     ),
 }
 PIPELINES = {

@@ -28,8 +28,8 @@ def beside(media: Tensor, prompts: Prompts, recordings: Recordings, sample_rate:
     for waveform, text in zip(recordings.of(prompts, sample_rate), prompts.spoken, strict=True):
         if len(waveform) > media.shape[1]:
             raise InputError(
-                f"The recording of '{text}' is {len(waveform) / sample_rate:.2f} s long, and the sounds are {media.shape[1] / sample_rate:.2f}: "
-                "make them as long (--audio-seconds), or cut the recording."
+                f"The recording of '{text}' is {len(waveform) / sample_rate:.2f} s long, and the sounds are "
+                f"{media.shape[1] / sample_rate:.2f}: make them as long (--audio-seconds), or cut the recording."
             )
         found.append(fit(waveform, media.shape[1]))
     return torch.stack(found).to(media.device)
@@ -130,8 +130,8 @@ class Compared:
                 return float(_measure(self.measure)(self.sample_rate, recording, sound))
         except Exception as error:
             raise InputError(
-                f"{self.measure} cannot be measured for '{text}' ({type(error).__name__}: {' '.join(str(error).split())}). It takes a recording "
-                "with half a second of speech, and a sound in which there is some."
+                f"{self.measure} cannot be measured for '{text}' ({type(error).__name__}: {' '.join(str(error).split())}). It takes a "
+                "recording with half a second of speech, and a sound in which there is some."
             ) from error
 
     @cached_property

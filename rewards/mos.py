@@ -1,4 +1,4 @@
-"""UTMOS (Saeki et al., Interspeech 2022, arXiv 2204.02152): how natural people would call the speech. The strong learner, as SpeechMOS has it."""
+"""UTMOS (Saeki et al., Interspeech 2022, arXiv 2204.02152): the naturalness of speech. The strong learner, from SpeechMOS."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NAMES = [  # transformers' and fairseq's
 
 
 class Judge(nn.Module):
-    """From frames (n, frames, width) to scores (n,): beside each the data set's and the judge's embeddings, a BLSTM, two layers, the mean."""
+    """Frames (n, frames, width) to scores (n,): beside each the data set's and the judge's embeddings, a BLSTM, two layers, the mean."""
 
     def __init__(self, width: int, domain: int, judge: int, hidden: int, inner: int) -> None:
         super().__init__()

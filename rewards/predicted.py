@@ -1,4 +1,4 @@
-"""The quality of speech that DNSMOS (arXiv 2110.01763) and NISQA (arXiv 2104.09494) predict, through torchmetrics, which fetches their weights."""
+"""The quality of speech that DNSMOS (arXiv 2110.01763) and NISQA (arXiv 2104.09494) predict, through torchmetrics."""
 
 from __future__ import annotations
 
@@ -109,8 +109,8 @@ def _open(name: str, kept: str, score: Callable[[Tensor], Any], sample_rate: int
         raise InputError(f"{name} needs packages that are not installed ({said}): pip install 'diffalign[speech-metrics]'") from error
     except Exception as error:
         raise InputError(
-            f"{name} does not open ({type(error).__name__}). torchmetrics fetches its weights from GitHub into {kept} at the first call: where "
-            "there is no network, or half a download lies there, put the files of another machine's folder there."
+            f"{name} does not open ({type(error).__name__}). torchmetrics fetches its weights from GitHub into {kept} at the first call: "
+            "where there is no network, or half a download lies there, put the files of another machine's folder there."
         ) from error
 
 

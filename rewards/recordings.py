@@ -68,8 +68,8 @@ class Recordings:
         for path, text in zip(found, prompts.spoken, strict=True):
             if not isinstance(path, str | Path):
                 raise InputError(
-                    f"The prompt '{text}' has no recording to compare with: --reward.reference takes a .wav file for all prompts, or a .jsonl "
-                    f"file of lines such as {EXAMPLE}."
+                    f"The prompt '{text}' has no recording to compare with: --reward.reference takes a .wav file for all prompts, or a "
+                    f".jsonl file of lines such as {EXAMPLE}."
                 )
         return [_path(Path(path)) for path in found]
 

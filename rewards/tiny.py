@@ -87,7 +87,7 @@ def wav2vec2(kind: str = "Wav2Vec2", head: str = "Model", **fields: Any) -> Any:
     """transformers' `kind` + `head` (Wav2Vec2Model, HubertForCTC, ...) of some thousand weights; a frame every 160 samples, from 320 on."""
     import transformers
 
-    config = dict(
+    config: dict[str, Any] = dict(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, conv_dim=[16, 16], conv_kernel=[32, 10],
         conv_stride=[16, 10], num_feat_extract_layers=2, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, vocab_size=32,
         tdnn_dim=[16, 16, 16, 16, 32], tdnn_kernel=[5, 3, 3, 1, 1], tdnn_dilation=[1, 2, 3, 1, 1], xvector_output_dim=16,
@@ -133,10 +133,11 @@ def save_whisper(folder: Path, languages: tuple[str, ...] = ("en", "de")) -> Pat
     ]
     vocabulary = {word: i for i, word in enumerate([*sorted(ByteLevel.alphabet()), *special])}
     end, start = vocabulary["<|endoftext|>"], vocabulary["<|startoftranscript|>"]
-    marks = dict(pad_token_id=end, bos_token_id=end, eos_token_id=end, decoder_start_token_id=start)
+    marks: dict[str, Any] = dict(pad_token_id=end, bos_token_id=end, eos_token_id=end, decoder_start_token_id=start)
     config = WhisperConfig(
         vocab_size=len(vocabulary), d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-        encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8, max_target_positions=40, suppress_tokens=None, begin_suppress_tokens=None, **marks,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8, max_target_positions=40, suppress_tokens=None,
+        begin_suppress_tokens=None, **marks,
     )  # fmt: skip
     model: Any = seeded(lambda: WhisperForConditionalGeneration(config)).eval()
     model.generation_config = GenerationConfig(
@@ -158,7 +159,7 @@ def save_clap(folder: Path, **extractor: Any) -> Path:
     from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, RobertaTokenizer
 
     words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "\u0120", *LETTERS]
-    text = dict(
+    text: dict[str, Any] = dict(
         vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=80, bos_token_id=0, pad_token_id=1, eos_token_id=2, projection_dim=16,
     )  # fmt: skip
@@ -167,7 +168,7 @@ def save_clap(folder: Path, **extractor: Any) -> Path:
         num_hidden_layers=2, window_size=2, num_classes=2, projection_dim=16,
     )  # fmt: skip
     model: Any = seeded(lambda: ClapModel(ClapConfig(text_config=text, audio_config=ears, projection_dim=16)))
-    said = dict(feature_size=8, max_length_s=1, truncation="rand_trunc", padding="repeatpad")
+    said: dict[str, Any] = dict(feature_size=8, max_length_s=1, truncation="rand_trunc", padding="repeatpad")
     with quiet():
         model.save_pretrained(folder)
         RobertaTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77).save_pretrained(folder)

@@ -38,7 +38,9 @@ class Features:
         """Raise InputError where a sound of so many samples is too short."""
         found = frames(self.network, samples, self.ear.sample_rate)
         if found < self.least:
-            raise InputError(f"The sound is too short, {samples / self.ear.sample_rate:.2f} s: {found} frames, and {self.least} are needed.")
+            raise InputError(
+                f"The sound is too short, {samples / self.ear.sample_rate:.2f} s: {found} frames, and {self.least} are needed."
+            )
 
     @torch.no_grad()
     def recorded(self, recordings: Recordings, prompts: Prompts, device: torch.device) -> list[Tensor]:
@@ -210,5 +212,5 @@ class SpeechBERTScore:
         return Features(network, ear, frames_of)
 
     def tiny(self, folder: Path) -> SpeechBERTScore:
-        """The same reward with a tiny random WavLMModel of as many layers, which is written into `folder` as the real one lies on the Hub."""
+        """The same reward with a tiny random WavLMModel of as many layers, written into `folder` as the real one lies on the Hub."""
         return replace(self, checkpoint=tiny.save_ear(folder, tiny.wav2vec2("WavLM", num_hidden_layers=max(2, self.layer or 0))))

@@ -1,4 +1,4 @@
-"""The network of UTMOS in plain torch, with the parameter names of its checkpoint (fairseq's for wav2vec 2.0): what the loader is held against."""
+"""The network of UTMOS in plain torch, with the parameter names of its checkpoint (fairseq's for wav2vec 2.0)."""
 
 from __future__ import annotations
 

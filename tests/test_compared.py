@@ -92,7 +92,9 @@ def test_recordings_that_cannot_be_had_are_named_before_anything_is_scored(files
         "none": ('\n{"prompt": "one"}', 'line 2: expected an object with the key "reference"'),
         "words": ("one two", "line 1: expected an object"),
         "number": ('{"prompt": 1, "reference": "one.wav"}', "line 1: prompt, transcript and reference are texts"),
-        "twice": ('{"prompt": "one", "reference": "one.wav"}\n{"prompt": "one", "reference": "two.wav"}', "line 2: the prompt 'one' has another"),
+        "twice": (
+            '{"prompt": "one", "reference": "one.wav"}\n{"prompt": "one", "reference": "two.wav"}', "line 2: the prompt 'one' has another"
+        ),
         "empty": ("\n", "names no recordings"),
     }  # fmt: skip
     for name, (text, says) in lists.items():
@@ -140,18 +142,21 @@ def test_stoi_and_pesq_are_their_packages_calls(files: Path, monkeypatch: pytest
         vars(made)["pesq" if module == "pesq" else "stoi"] = function
         monkeypatch.setitem(sys.modules, module, made)
     media = torch.stack([tone(400.0, level=0.1), tone(700.0)])
-    chosen = dict(reference=files / "list.jsonl")
-    for fields, rate, last in (
+    chosen: dict[str, Any] = dict(reference=files / "list.jsonl")
+    calls: list[tuple[dict[str, Any], int, Any]] = [
         ({"measure": "stoi"}, 16000, False), ({"measure": "estoi"}, 16000, True), ({"measure": "pesq"}, 16000, "wb"),
         ({"measure": "pesq", "sample_rate": 8000}, 8000, "nb"), ({"measure": "stoi", "sample_rate": 10000}, 10000, False),
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for fields, rate, last in calls:
         asked.clear()
         reward = Compared(**chosen, **fields)
         reward.open()
         scores = reward(media, TWO)
         assert scores.tolist() == [3.0 if fields["measure"] == "pesq" else 0.5] * 2
         assert [(fs, mode) for _, _, fs, mode in asked] == [(rate, last)] * 2
-        for (recording, sound, _, _), wanted, kept in zip(asked, beside(media, TWO, Recordings(files / "list.jsonl"), rate), media, strict=True):
+        for (recording, sound, _, _), wanted, kept in zip(
+            asked, beside(media, TWO, Recordings(files / "list.jsonl"), rate), media, strict=True
+        ):
             assert (recording == wanted.double().numpy()).all()  # the recording comes first, or after the rate: it is not symmetric
             assert (sound == kept.double().numpy()).all()
         low, high = reward.range
@@ -164,12 +169,13 @@ def test_stoi_and_pesq_are_their_packages_calls(files: Path, monkeypatch: pytest
 
 
 def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for make, fields, says in (
+    wrong: list[tuple[Any, dict[str, Any], str]] = [
         (Compared, {"measure": "mcd"}, "measure is mcd: give stoi, estoi or pesq"),
         (Compared, {"measure": "pesq", "sample_rate": 22050}, "PESQ is defined at 8000 and 16000 Hz"),
         (Compared, {"sample_rate": 0}, "sample_rate is 0"),
         (SISDR, {"sample_rate": 0}, "sample_rate is 0"),
-    ):
+    ]
+    for make, fields, says in wrong:
         with pytest.raises(InputError, match=says):
             make(**fields)
     monkeypatch.setitem(sys.modules, "pystoi", None)

@@ -138,7 +138,11 @@ def test_what_is_too_short_or_unknown_is_refused(folder: Path, tmp_path: Path) -
     ):
         with pytest.raises(InputError, match=says):
             make(**fields).open()
-    for fields, says in ((dict(measure="mean"), "measure is mean"), (dict(layer=-1), "layer is -1"), (dict(batch_size=0), "batch_size is 0")):
+    for fields, says in (
+        (dict(measure="mean"), "measure is mean"),
+        (dict(layer=-1), "layer is -1"),
+        (dict(batch_size=0), "batch_size is 0"),
+    ):
         with pytest.raises(InputError, match=says):
             SpeechBERTScore(**fields)
     with pytest.raises(InputError, match=r"has no recording to compare with: --reward\.reference"):
