@@ -49,12 +49,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_each_opinion_is_its_column(asked: list[Any]) -> None:
     media = torch.tensor([[0.25] * 100, [0.5] * 100])
+    dnsmos: Any = DNSMOS
+    nisqa: Any = NISQA
     for i, measure in enumerate(("p808", "signal", "background", "overall")):
-        assert DNSMOS(measure=measure)(media, TWO).tolist() == [i + 0.25, i + 0.5]
+        assert dnsmos(measure=measure)(media, TWO).tolist() == [i + 0.25, i + 0.5]
     assert DNSMOS(personalized=True)(media, TWO).dtype == torch.float32
     assert asked[-1] == ((1, 100), 16000, True, "cpu")
     for i, measure in enumerate(("overall", "noisiness", "discontinuity", "coloration", "loudness")):
-        assert NISQA(measure=measure)(media, TWO).tolist() == [i + 0.25, i + 0.5]
+        assert nisqa(measure=measure)(media, TWO).tolist() == [i + 0.25, i + 0.5]
     assert asked[-1] == ((1, 100), 48000)
     scores = CheckedReward(NISQA(), "nisqa")(media.requires_grad_(), TWO)
     assert not scores.requires_grad

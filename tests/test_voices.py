@@ -131,20 +131,18 @@ def test_what_is_too_short_or_unknown_is_refused(folder: Path, tmp_path: Path) -
     write_wav(tmp_path / "short.wav", sounds(1, 1600)[0], 16000)
     with pytest.raises(InputError, match="too short"):
         replace(reward, reference=tmp_path / "short.wav")(sounds(1, 7000), THREE[:1])
-    for make, fields, says in (
+    wrong: list[tuple[Any, dict[str, Any], str]] = [
         (SpeakerSimilarity, dict(checkpoint=folder / "bert"), "of the type 'hubert': this reward takes wavlm"),
         (SpeakerSimilarity, dict(checkpoint=folder / "sv", reference=folder / "gone.wav"), "There is no file .*gone.wav"),
         (SpeechBERTScore, dict(checkpoint=folder / "bert"), r"layer is 14, and the model in .* has 3"),
-    ):
+    ]
+    for make, fields, says in wrong:
         with pytest.raises(InputError, match=says):
             make(**fields).open()
-    for fields, says in (
-        (dict(measure="mean"), "measure is mean"),
-        (dict(layer=-1), "layer is -1"),
-        (dict(batch_size=0), "batch_size is 0"),
-    ):
-        with pytest.raises(InputError, match=says):
-            SpeechBERTScore(**fields)
+    made: Any = SpeechBERTScore
+    for field, value in (("measure", "mean"), ("layer", -1), ("batch_size", 0)):
+        with pytest.raises(InputError, match=f"{field} is {value}"):
+            made(**{field: value})
     with pytest.raises(InputError, match=r"has no recording to compare with: --reward\.reference"):
         SpeakerSimilarity(checkpoint=folder / "sv")(sounds(1, 7000), THREE[:1])
 
