@@ -161,7 +161,9 @@ def _check(pipe: Any, speech: bool) -> None:
     if pipe.vocoder.config.model_in_dim % pipe.vae_scale_factor:
         raise InputError(f"The vocoder's {pipe.vocoder.config.model_in_dim} mel bins are no multiple of the VAE's {pipe.vae_scale_factor}.")
     if speech and pipe.tokenizer_2.phonemize and importlib.util.find_spec("phonemizer") is None:
-        raise InputError("This model's tokenizer writes phonemes with a package that is not installed: pip install phonemizer (and espeak-ng).")
+        raise InputError(
+            "This model's tokenizer writes phonemes with a package that is not installed: pip install phonemizer (and espeak-ng)."
+        )
 
 
 def _unspeakable(tokenizer: Any, transcript: str) -> str | None:

@@ -55,7 +55,9 @@ class LongCatAudioFamily:
         check_parts(pipe, "transformer", "vae", "text_encoder", "tokenizer")
         channels, vae = pipe.latent_dim, pipe.vae.config
         if vae.latent_dim != channels:
-            raise InputError(f"The transformer has latents of {channels} channels, and the VAE of {vae.latent_dim}: load one checkpoint's parts.")
+            raise InputError(
+                f"The transformer has latents of {channels} channels, and the VAE of {vae.latent_dim}: load one checkpoint's parts."
+            )
         seconds = SECONDS if audio_seconds is None else audio_seconds
         frames = int(seconds * pipe.sample_rate // pipe.vae_scale_factor)
         most = int(pipe.max_wav_duration * pipe.sample_rate // pipe.vae_scale_factor)
@@ -86,7 +88,9 @@ class LongCatAudioFamily:
         def decode(pipe: Any, x_0: Tensor) -> Tensor:
             return pipe.vae.decode(x_0.permute(0, 2, 1)).sample.float()[:, 0].clamp(-1, 1)
 
-        length = f"Every sound has {samples / pipe.sample_rate:.3g} s, and in the pipeline's own call as many as its text takes: --audio-seconds."
+        length = (
+            f"Every sound has {samples / pipe.sample_rate:.3g} s; in the pipeline's own call as many as the text takes: --audio-seconds."
+        )
         return LatentPolicy(
             pipe=pipe,
             component="transformer",

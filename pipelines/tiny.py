@@ -154,7 +154,15 @@ def z_image(seed: int = 0, transformer: dict[str, Any] | None = None, **schedule
 def audioldm2(seed: int = 0, speech: bool = False, unet: dict[str, Any] | None = None, **scheduler: Any) -> Any:
     """`speech`: with VITS in the place of T5, so that prompts come with transcripts, of letters, digits and blanks."""
     from diffusers import AudioLDM2Pipeline, AudioLDM2ProjectionModel, AudioLDM2UNet2DConditionModel, DDIMScheduler
-    from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, GPT2Config, GPT2LMHeadModel, SpeechT5HifiGan, SpeechT5HifiGanConfig
+    from transformers import (
+        ClapConfig,
+        ClapFeatureExtractor,
+        ClapModel,
+        GPT2Config,
+        GPT2LMHeadModel,
+        SpeechT5HifiGan,
+        SpeechT5HifiGanConfig,
+    )
 
     torch.manual_seed(seed)
     config = dict(
@@ -165,8 +173,8 @@ def audioldm2(seed: int = 0, speech: bool = False, unet: dict[str, Any] | None =
         max_position_embeddings=40, bos_token_id=0, pad_token_id=1, eos_token_id=2, projection_dim=16,
     )  # fmt: skip
     ears = dict(
-        spec_size=32, num_mel_bins=8, patch_embeds_hidden_size=8, hidden_size=16, depths=[1, 1], num_attention_heads=[2, 2], num_hidden_layers=2,
-        window_size=2, num_classes=2, projection_dim=16,
+        spec_size=32, num_mel_bins=8, patch_embeds_hidden_size=8, hidden_size=16, depths=[1, 1], num_attention_heads=[2, 2],
+        num_hidden_layers=2, window_size=2, num_classes=2, projection_dim=16,
     )  # fmt: skip
     second, tokenizer = _vits() if speech else _t5(model_max_length=64)
     places = dict(use_learned_position_embedding=True, max_seq_length=tokenizer.model_max_length) if speech else {}
