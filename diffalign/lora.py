@@ -30,7 +30,7 @@ class LoRA:
     target_modules: list[str] | None = None
     """Names, or ends of names, of the layers to adapt; by default the attention projections."""
     init: str | None = None
-    """A LoRA to continue from: a folder or a .safetensors file that diffusers loads, kohya's too; of sound a folder of peft's. Rank and alpha
+    """A LoRA to continue from: a folder or a .safetensors file that diffusers loads, kohya's too; of sound peft's folder. Rank and alpha
     are then the file's."""
 
     def __post_init__(self) -> None:
