@@ -287,7 +287,7 @@ def check_prompts(prompts: Sequence[Any]) -> list[Prompt]:
     if not pairs or not all(map(_usable, pairs)):
         raise InputError(
             "prompts: give a non-empty list of non-empty strings; for an editing pipeline of (string, picture file), for inpainting of "
-            "(string, picture file, mask file), for speech of diffalign.data.SpokenPrompt(text, transcript)."
+            "(string, picture file, mask file), for speech of diffalign.SpokenPrompt(text, transcript)."
         )
     for prompt in pairs:
         if isinstance(prompt, PicturePrompt):

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 import diffalign
 from diffalign import registry
-from diffalign.data import SpokenPrompt
 from diffalign.pipelines.tiny import audioldm2
 from diffalign.sound import read_wav, rounded, write_wav
 
@@ -69,7 +68,7 @@ def test_a_speech_model_from_prompts_to_pairs_and_back(speech: Path, tmp_path: P
         heard = read_wav(run / "samples" / f"{stem}-0.wav")
         assert (heard.sample_rate, len(heard.waveform)) == (16000, 5120)
         assert heard.waveform.std() > 1e-4
-    assert Image.open(run / "samples" / "before-after.png").size[0] > 200
+    assert Image.open(run / "samples" / "before-after.png").size == (60 + 132, 40 + 2 * 68), "two mel spectrograms"
     assert set(json.loads((run / "eval.json").read_text())["rewards"]) == {"loudness", "silence"}
 
     outcome = run_cli("sample", "run", "--prompt", "a voice", "--transcript", "seven", "--transcript", "eight", "--output", "out")
@@ -169,7 +168,7 @@ def test_a_live_pipeline_is_trained_from_python(tmp_path: Path) -> None:
         return -media[:, 1280:].square().mean(1)
 
     pipe = audioldm2(speech=True)
-    prompts = [SpokenPrompt("a voice", word) for word in NUMBERS]
+    prompts = [diffalign.SpokenPrompt("a voice", word) for word in NUMBERS]
     small: dict[str, Any] = dict(steps=1, batch_size=2, sample_steps=2, inference_steps=2, eval_size=2, guidance_scale=2.0)
     run = diffalign.align(pipe, method="draft", reward=brief, prompts=prompts, output=tmp_path / "run", **small)
     assert run.pipeline is pipe
