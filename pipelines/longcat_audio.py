@@ -15,8 +15,8 @@ from diffalign.errors import InputError
 from diffalign.noise import RectifiedFlow, path_of
 from diffalign.pipelines.common import PRECISIONS, dtypes_of, freeze
 from diffalign.pipelines.latent import NULL, LatentPolicy, Named
-from diffalign.pipelines.sound import check_given, check_parts, check_tokens
-from diffalign.pipelines.tiny import longcat_audio
+from diffalign.pipelines.sound import check_given, check_parts, check_said, check_tokens
+from diffalign.pipelines.tiny_sound import longcat_audio
 from diffalign.pipelines.unet import ATTENTION
 from diffalign.sound import fit
 from diffalign.types import Modality, Prompts
@@ -79,6 +79,7 @@ class LongCatAudioFamily:
             return [torch.stack([known[key][i] for key in keys]).float() for i in range(len(names))]
 
         def keys(prompts: Prompts) -> list[str]:
+            check_said(prompts, False)
             return [text + mark for text in prompts.text]
 
         def embed(pipe: Any, waveforms: Tensor) -> Tensor:

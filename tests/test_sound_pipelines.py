@@ -18,7 +18,7 @@ from diffalign import registry
 from diffalign.errors import InputError
 from diffalign.lora import LoRA
 from diffalign.models import adapter_of
-from diffalign.pipelines.tiny import audioldm2, longcat_audio
+from diffalign.pipelines.tiny_sound import audioldm2, longcat_audio
 from diffalign.sampling import ddim, transition, without_some_text
 from diffalign.types import Condition, PicturePolicy, Policy, Prompts, SoundPolicy
 
@@ -179,6 +179,9 @@ def test_it_is_a_policy_that_says_what_it_takes(make: Any):
     assert speech.takes == ("transcript",)
     with pytest.raises(InputError, match="the prompts have none"):
         speech.encode(Prompts(("a voice",)))
+    for mute in (policy_of(audioldm2()), policy_of(longcat_audio())):
+        with pytest.raises(InputError, match="takes no transcript"):
+            mute.encode(Prompts(("a voice",), transcript=("one",)))
     assert isinstance(policy, PicturePolicy), "the fields are there, and the modality tells"
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import diffalign
 from diffalign import registry
-from diffalign.pipelines.tiny import audioldm2
+from diffalign.pipelines.tiny_sound import audioldm2
 from diffalign.sound import read_wav, rounded, write_wav
 
 FLOWS = ("flow-grpo", "flow-grpo-fast", "dance-grpo")
