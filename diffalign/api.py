@@ -144,9 +144,7 @@ def score_files(
             yield file, float(checked(picture[None], Prompts((prompt or "",), before)))
 
 
-def _score_sounds(
-    reward: CheckedReward, files: Sequence[Path], prompt: str | None, transcript: str | None
-) -> Iterator[tuple[Path, float]]:
+def _score_sounds(reward: CheckedReward, files: Sequence[Path], prompt: str | None, transcript: str | None) -> Iterator[tuple[Path, float]]:
     sounds = [read_wav(file) for file in files]
     wanted = reward.sample_rate
     others = sorted({sound.sample_rate for sound in sounds} - {wanted}) if wanted is not None else []

@@ -49,8 +49,10 @@ def as_reward(thing: Any) -> Reward:
     """A reward object as it is; a bare callable as a reward without gradient."""
     if isinstance(thing, Reward) and not isinstance(thing, type):
         if thing.modality == "audio" and not isinstance(thing, SoundReward):
-            raise InputError(f"{type(thing).__name__} judges sound, and does not say at which rate: give its class sample_rate = 16000 (Hz "
-                             "that it wants), or None where any will do.")
+            raise InputError(
+                f"{type(thing).__name__} judges sound, and does not say at which rate: give its class sample_rate = 16000 (Hz "
+                "that it wants), or None where any will do."
+            )
         return thing
     if callable(thing) and not isinstance(thing, type):
         return FunctionReward(thing)

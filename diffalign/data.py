@@ -160,7 +160,8 @@ def check_pictures(prompts: Sequence[Prompt], policy: Policy | None) -> list[Pic
 
 def read_prompts(source: str, part: str = "train") -> list[Prompt]:
     """Prompts from a file (.txt: one a line; .jsonl: the keys 'prompt' and, where the pipeline takes them, 'image' and 'mask', or
-    'transcript', beside which the prompt may be missing; .json: a list of texts or of such objects), the name of a list or of an embedded model, or `hf:user/dataset/path/in/it.txt`.
+    'transcript', beside which the prompt may be missing; .json: a list of texts or of such objects), the name of a list or of an embedded
+    model, or `hf:user/dataset/path/in/it.txt`.
 
     A pipe is read like a .txt file, once. An image or a mask is a path in the file's folder, or a data: URI. `part` ('train' or 'heldout')
     picks the list of an embedded model. Raises InputError for a file that is missing, empty or no text, and for pictures that are missing
@@ -286,7 +287,7 @@ def check_prompts(prompts: Sequence[Any]) -> list[Prompt]:
     if not pairs or not all(map(_usable, pairs)):
         raise InputError(
             "prompts: give a non-empty list of non-empty strings; for an editing pipeline of (string, picture file), for inpainting of "
-            "(string, picture file, mask file), for speech of diffalign.data.SpokenPrompt(text, transcript)."
+            "(string, picture file, mask file), for speech of diffalign.SpokenPrompt(text, transcript)."
         )
     for prompt in pairs:
         if isinstance(prompt, PicturePrompt):
@@ -339,10 +340,11 @@ class PromptList:
         return batch_of([self.prompts[i] for i in indices], self.policy)
 
     def contents(self) -> str:
-        return digest(*map(_known_as, self.prompts))
+        return digest(*map(known_as, self.prompts))
 
 
-def _known_as(prompt: Prompt) -> str:
+def known_as(prompt: Prompt) -> str:
+    """What tells prompts apart, but for their pictures."""
     return f"{prompt.text}\0{prompt.transcript}" if isinstance(prompt, SpokenPrompt) else text_of(prompt)
 
 

@@ -37,7 +37,9 @@ def open_data(plan: Plan, policy: Any, accelerator: Any = None) -> Data:
         skip, needs = settings.bad_pictures == "skip", plan.method.needs
         reward = plan.reward if needs.reward and needs.data_role == "only" else None  # where the method wants the data scored
         limit, seed = settings.data_limit, settings.seed
-        with tiny.data(kind, takes(policy)) if tiny.made(settings, settings.data) else nullcontext(settings.data) as source:
+        with (
+            tiny.data(kind, takes(policy), policy.modality) if tiny.made(settings, settings.data) else nullcontext(settings.data) as source
+        ):
             return examples.read(source, kind, policy, reward=reward, limit=limit, skip=skip, seed=seed, say=say)
 
     if accelerator is None:

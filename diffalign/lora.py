@@ -30,8 +30,8 @@ class LoRA:
     target_modules: list[str] | None = None
     """Names, or ends of names, of the layers to adapt; by default the attention projections."""
     init: str | None = None
-    """A LoRA to continue from: a folder or a .safetensors file that diffusers loads, kohya's too; for pipelines of sound a folder of peft's.
-    Rank and alpha are then the file's."""
+    """A LoRA to continue from: a folder or a .safetensors file that diffusers loads, kohya's too; of sound peft's folder. Rank and alpha
+    are then the file's."""
 
     def __post_init__(self) -> None:
         if not self.rank >= 1:
@@ -41,8 +41,8 @@ class LoRA:
 
 
 def native(pipe: Any) -> bool:
-    """Whether the pipeline's class reads and writes LoRA files itself; those of sound do not."""
-    return "load_lora_weights" in dir(type(pipe))
+    """Whether the pipeline, or its class, reads and writes LoRA files itself; those of sound do not."""
+    return "load_lora_weights" in dir(pipe)
 
 
 def attach(pipe: Any, component: str, lora: LoRA, target_modules: list[str], seed: int) -> None:

@@ -71,7 +71,7 @@ def adapter_of(class_name: str) -> Any:
 
 
 def modality_of(class_name: str) -> Modality | None:
-    """What a pipeline of this class makes; None where its adapter does not say so before it is loaded. Raises InputError as `adapter_of`."""
+    """What a pipeline of this class makes; None where its adapter says so only of a live one. Raises InputError as `adapter_of`."""
     return getattr(adapter_of(class_name), "modality", None)
 
 

@@ -18,7 +18,7 @@ from diffalign.checkpoint import whole
 from diffalign.config import Plan, check_needs, resolve
 from diffalign.console import comparison, console, say, say_notes, watch
 from diffalign.contract import CheckedReward, short_name
-from diffalign.data import Prompt, PromptList, check_fit, text_of
+from diffalign.data import Prompt, PromptList, SpokenPrompt, check_fit, rate_of, text_of
 from diffalign.errors import InputError
 from diffalign.evaluate import evaluate, implicit_accuracy, sample, sheet
 from diffalign.flags import flat
@@ -30,6 +30,7 @@ from diffalign.processes import failed_before, least_of_all, make_accelerator, m
 from diffalign.report import curve
 from diffalign.run import Run, forget_peak
 from diffalign.settings import LIVE
+from diffalign.sound import write_all
 
 PICTURES = 8
 
@@ -190,7 +191,8 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
             console.print(comparison(results))
     if main:
         run.save_picture("curve.png", curve({run.path.name: run.metrics}))
-        say(f'Run: {run.path}   Again: diffalign sample {run.path} --prompt "{text_of(shown[0])}"')
+        asked = f'--transcript "{shown[0].transcript}"' if isinstance(shown[0], SpokenPrompt) else f'--prompt "{text_of(shown[0])}"'
+        say(f"Run: {run.path}   Again: diffalign sample {run.path} {asked}")
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.wait_for_everyone()  # the run is whole when the first process has written it
@@ -201,6 +203,7 @@ def _steps(plan: Plan, run: Run, policy: Any, training: Training, shown: list[Pr
     """Take the steps that are left; rows, pictures and checkpoints as they fall due."""
     settings, accelerator, reward = plan.settings, training.accelerator, plan.reward
     main, picture_every = accelerator.is_main_process, settings.sample_every or max(1, settings.steps // 4)
+    rate = rate_of(policy)
     samples = main or settings.fsdp  # a network that is shared out works in all processes, or in none
 
     def pictures() -> None:
@@ -209,7 +212,9 @@ def _steps(plan: Plan, run: Run, policy: Any, training: Training, shown: list[Pr
             images = sample(policy, shown, steps=plan.sample_steps, seed=settings.seed, batch_size=settings.batch_size, suffix=suffix)
         step = training.context.step
         if main:
-            run.save_picture(f"samples/step-{step:06d}.png", sheet([(f"step {step}", images)], shown))
+            path = run.save_picture(f"samples/step-{step:06d}.png", sheet([(f"step {step}", images)], shown, rate))
+            if rate is not None:
+                write_all(path.with_suffix(""), images, rate)
 
     def checkpoint() -> None:
         state = training.state()  # of all processes
@@ -251,7 +256,7 @@ def evaluate_into(
     pairs: Any = None,
     write: bool = True,
 ) -> dict[str, Any]:
-    """Compare the policy with its base model, and write what `evaluate` found to `output` and the pictures to `picture`.
+    """Compare the policy with its base model, and write what `evaluate` found to `output` and the pictures to `picture`; sounds beside it.
 
     `pairs` is what was measured on the data before, and stays. Where all processes work on one network, the first is to `write`.
     """
@@ -266,8 +271,10 @@ def evaluate_into(
         return results
     with whole(output) as draft:
         draft.write_text(json.dumps(results, indent=2) + "\n")
-    side_by_side = sheet([("before", before[:PICTURES]), ("after", after[:PICTURES])], prompts[:PICTURES])
-    side_by_side.save(picture)
+    rate, rows = rate_of(policy), {"before": before[:PICTURES], "after": after[:PICTURES]}
+    sheet(list(rows.items()), prompts[:PICTURES], rate).save(picture)
+    for name, media in rows.items() if rate is not None else ():
+        write_all(picture.with_name(f"{picture.stem}-{name}"), media, rate or 0)
     return results
 
 

@@ -62,6 +62,14 @@ def write_wav(path: Path, waveform: Tensor, sample_rate: int) -> None:
     path.write_bytes(wav_bytes(waveform, sample_rate))
 
 
+def write_all(stem: Path, waveforms: Tensor, sample_rate: int) -> list[Path]:
+    """Waveforms (B, samples) into `<stem>-0.wav` and so on; the files."""
+    paths = [stem.with_name(f"{stem.name}-{i}.wav") for i in range(len(waveforms))]
+    for path, waveform in zip(paths, waveforms, strict=True):
+        write_wav(path, waveform, sample_rate)
+    return paths
+
+
 def read_wav(path: Path) -> Sound:
     """A .wav file; raises InputError where it is missing, or as `decode_wav` does."""
     if not path.is_file():

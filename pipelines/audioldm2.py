@@ -21,8 +21,8 @@ from diffalign.errors import InputError
 from diffalign.noise import path_of
 from diffalign.pipelines.common import PRECISIONS, dtypes_of, freeze, vae_dtype
 from diffalign.pipelines.latent import NULL, LatentPolicy, Named
-from diffalign.pipelines.sound import check_given, check_parts, check_tokens
-from diffalign.pipelines.tiny import audioldm2
+from diffalign.pipelines.sound import check_given, check_parts, check_said, check_tokens
+from diffalign.pipelines.tiny_sound import audioldm2
 from diffalign.pipelines.unet import ATTENTION
 from diffalign.sound import LogMel, fit
 from diffalign.types import Modality, Prompts
@@ -79,7 +79,9 @@ class AudioLDM2Family:
         def keys(prompts: Prompts) -> Sequence[str]:
             if speech and prompts.transcript is None:
                 raise InputError("This pipeline says transcripts, and the prompts have none.")
-            return ["\0".join(parts) for parts in zip(prompts.text, prompts.transcript or [""] * len(prompts), strict=False)]
+            check_said(prompts, speech)
+            said = prompts.transcript or [""] * len(prompts)
+            return [f"{text}\0{words}\0{negative}" for text, words in zip(prompts.text, said, strict=True)]
 
         def network(x_t: Tensor, t: Tensor, tensors: Named) -> Tensor:
             return pipe.unet(x_t, t, **tensors, return_dict=False)[0]
@@ -105,7 +107,7 @@ class AudioLDM2Family:
             texts=TextCache(encode, device, names, capacity=256),
             encoders=ENCODERS,
             takes=("transcript",) if speech else (),
-            keys=lambda prompts: [f"{key}\0{negative}" for key in keys(prompts)],
+            keys=keys,
             unspeakable=lambda transcript: _unspeakable(pipe.tokenizer_2, transcript),
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,
@@ -161,7 +163,9 @@ def _check(pipe: Any, speech: bool) -> None:
     if pipe.vocoder.config.model_in_dim % pipe.vae_scale_factor:
         raise InputError(f"The vocoder's {pipe.vocoder.config.model_in_dim} mel bins are no multiple of the VAE's {pipe.vae_scale_factor}.")
     if speech and pipe.tokenizer_2.phonemize and importlib.util.find_spec("phonemizer") is None:
-        raise InputError("This model's tokenizer writes phonemes with a package that is not installed: pip install phonemizer (and espeak-ng).")
+        raise InputError(
+            "This model's tokenizer writes phonemes with a package that is not installed: pip install phonemizer (and espeak-ng)."
+        )
 
 
 def _unspeakable(tokenizer: Any, transcript: str) -> str | None:

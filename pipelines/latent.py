@@ -68,10 +68,10 @@ class LatentPolicy:
     (B,) being diffusers' timesteps. `show(prompts)` is what it is shown besides text, with guidance and in the unconditional branch.
     `branches` and `mix` are its guidance; `told` is the guidance that a distilled network is told. `zeros_for_none`: without a negative
     prompt the unconditional branch is zeros. `keys` are what the cache of texts knows prompts by; where it holds the unconditional branch
-    of each too, under names with `NULL` before them, that is taken. `encoders` are the pipeline's text encoders, each with its tokenizer, `tokens` the length
-    of a text where it can be chosen. The network computes in `dtype`; `came` is the dtype of each component before it was wrapped.
-    `decoder` and `embedder` go from latents to media and back, through the pipeline's `coders`; `coding` is what they compute besides the
-    weights. `uneven`: one batch may take more calls of the network than another. `notes` are what a person should be told.
+    of each too, under names with `NULL` before them, that is taken. `encoders` are the pipeline's text encoders, each with its tokenizer,
+    `tokens` the length of a text where it can be chosen. The network computes in `dtype`; `came` is the dtype of each component before it
+    was wrapped. `decoder` and `embedder` go from latents to media and back, through the pipeline's `coders`; `coding` is what they compute
+    besides the weights. `uneven`: one batch may take more calls of the network than another. `notes` are what a person should be told.
     """
 
     pipe: Any
@@ -132,8 +132,10 @@ class LatentPolicy:
             self.module.float().requires_grad_(True)
             return
         if self.uneven:
-            raise InputError(f"fsdp: a {type(self.module).__name__} is called as often as a batch has lengths of text, and processes would wait "
-                             "for one another for ever. Drop --fsdp.")
+            raise InputError(
+                f"fsdp: a {type(self.module).__name__} is called as often as a batch has lengths of text, and processes would wait "
+                "for one another for ever. Drop --fsdp."
+            )
         self.module.float().requires_grad_(True)
         self.plain = fsdp.skeleton(self.module)
         fsdp.shard(self.module, mesh)

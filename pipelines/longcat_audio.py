@@ -15,8 +15,8 @@ from diffalign.errors import InputError
 from diffalign.noise import RectifiedFlow, path_of
 from diffalign.pipelines.common import PRECISIONS, dtypes_of, freeze
 from diffalign.pipelines.latent import NULL, LatentPolicy, Named
-from diffalign.pipelines.sound import check_given, check_parts, check_tokens
-from diffalign.pipelines.tiny import longcat_audio
+from diffalign.pipelines.sound import check_given, check_parts, check_said, check_tokens
+from diffalign.pipelines.tiny_sound import longcat_audio
 from diffalign.pipelines.unet import ATTENTION
 from diffalign.sound import fit
 from diffalign.types import Modality, Prompts
@@ -55,7 +55,9 @@ class LongCatAudioFamily:
         check_parts(pipe, "transformer", "vae", "text_encoder", "tokenizer")
         channels, vae = pipe.latent_dim, pipe.vae.config
         if vae.latent_dim != channels:
-            raise InputError(f"The transformer has latents of {channels} channels, and the VAE of {vae.latent_dim}: load one checkpoint's parts.")
+            raise InputError(
+                f"The transformer has latents of {channels} channels, and the VAE of {vae.latent_dim}: load one checkpoint's parts."
+            )
         seconds = SECONDS if audio_seconds is None else audio_seconds
         frames = int(seconds * pipe.sample_rate // pipe.vae_scale_factor)
         most = int(pipe.max_wav_duration * pipe.sample_rate // pipe.vae_scale_factor)
@@ -77,6 +79,7 @@ class LongCatAudioFamily:
             return [torch.stack([known[key][i] for key in keys]).float() for i in range(len(names))]
 
         def keys(prompts: Prompts) -> list[str]:
+            check_said(prompts, False)
             return [text + mark for text in prompts.text]
 
         def embed(pipe: Any, waveforms: Tensor) -> Tensor:
@@ -86,7 +89,9 @@ class LongCatAudioFamily:
         def decode(pipe: Any, x_0: Tensor) -> Tensor:
             return pipe.vae.decode(x_0.permute(0, 2, 1)).sample.float()[:, 0].clamp(-1, 1)
 
-        length = f"Every sound has {samples / pipe.sample_rate:.3g} s, and in the pipeline's own call as many as its text takes: --audio-seconds."
+        length = (
+            f"Every sound has {samples / pipe.sample_rate:.3g} s; in the pipeline's own call as many as the text takes: --audio-seconds."
+        )
         return LatentPolicy(
             pipe=pipe,
             component="transformer",

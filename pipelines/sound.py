@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffalign.errors import InputError
+from diffalign.types import Prompts
 
 
 def check_given(pipe: Any, height: int | None, width: int | None, audio_seconds: float | None) -> None:
@@ -19,6 +20,12 @@ def check_parts(pipe: Any, *parts: str) -> None:
     for part in parts:
         if getattr(pipe, part) is None:
             raise InputError(f"This {type(pipe).__name__} has no {part}: load it whole.")
+
+
+def check_said(prompts: Prompts, speech: bool) -> None:
+    """Raise InputError for transcripts that the pipeline would leave out."""
+    if prompts.transcript is not None and not speech:
+        raise InputError("This pipeline takes no transcript, and the prompts have some: of speech the text itself is what is said.")
 
 
 def check_tokens(text: str, found: int, tokens: int) -> None:

@@ -1,5 +1,4 @@
-"""Tiny twins: each family's pipeline with random weights, for dry runs and tests: latents (B, 4, 8, 8), pictures (B, 3, 16, 16); of sound
-0.32 s at 16 kHz from latents (B, 4, 16, 8), and 5 s at 2 kHz from latents (B, 50, 8).
+"""Tiny twins: each family's pipeline with random weights, for dry runs and tests: latents (B, 4, 8, 8), pictures (B, 3, 16, 16).
 
 A builder draws its weights from torch's global generator, which it seeds.
 """
@@ -9,9 +8,6 @@ A builder draws its weights from torch's global generator, which it seeds.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -43,7 +39,7 @@ def stable_diffusion(seed: int = 0, unet: dict[str, Any] | None = None, **schedu
     """`scheduler` overrides SD 1.5's scheduler configuration, `unet` the network's."""
     from diffusers import StableDiffusionPipeline
 
-    return _quiet(StableDiffusionPipeline(**_parts(seed, unet or {}, scheduler), **UNCHECKED))
+    return quiet(StableDiffusionPipeline(**_parts(seed, unet or {}, scheduler), **UNCHECKED))
 
 
 def sdxl(seed: int = 0, unet: dict[str, Any] | None = None, force_zeros_for_empty_prompt: bool = True, **scheduler: Any) -> Any:
@@ -51,7 +47,7 @@ def sdxl(seed: int = 0, unet: dict[str, Any] | None = None, force_zeros_for_empt
     from diffusers import StableDiffusionXLPipeline
 
     zeros = {"force_zeros_for_empty_prompt": force_zeros_for_empty_prompt}
-    return _quiet(StableDiffusionXLPipeline(**_xl_parts(seed, unet or {}, scheduler), **zeros, add_watermarker=False))
+    return quiet(StableDiffusionXLPipeline(**_xl_parts(seed, unet or {}, scheduler), **zeros, add_watermarker=False))
 
 
 def instruct_pix2pix(seed: int = 0, **scheduler: Any) -> Any:
@@ -60,14 +56,14 @@ def instruct_pix2pix(seed: int = 0, **scheduler: Any) -> Any:
 
     parts = {**stable_diffusion(seed, **scheduler).components, "image_encoder": None}
     unet = UNet2DConditionModel.from_config({**parts["unet"].config, "in_channels": 8})
-    return _quiet(StableDiffusionInstructPix2PixPipeline(**{**parts, "unet": unet}, requires_safety_checker=False))
+    return quiet(StableDiffusionInstructPix2PixPipeline(**{**parts, "unet": unet}, requires_safety_checker=False))
 
 
 def instruct_pix2pix_xl(seed: int = 0, is_cosxl_edit: bool = False, **scheduler: Any) -> Any:
     from diffusers import StableDiffusionXLInstructPix2PixPipeline
 
     parts = _xl_parts(seed, {"in_channels": 8}, scheduler)
-    return _quiet(StableDiffusionXLInstructPix2PixPipeline(**parts, is_cosxl_edit=is_cosxl_edit, add_watermarker=False))
+    return quiet(StableDiffusionXLInstructPix2PixPipeline(**parts, is_cosxl_edit=is_cosxl_edit, add_watermarker=False))
 
 
 def inpaint(seed: int = 0, unet: dict[str, Any] | None = None, certain: bool = True, **scheduler: Any) -> Any:
@@ -75,13 +71,13 @@ def inpaint(seed: int = 0, unet: dict[str, Any] | None = None, certain: bool = T
     from diffusers import StableDiffusionInpaintPipeline
 
     parts = _parts(seed, {"in_channels": 9, **(unet or {})}, scheduler)
-    return _quiet(StableDiffusionInpaintPipeline(**(_certain(parts) if certain else parts), **UNCHECKED))
+    return quiet(StableDiffusionInpaintPipeline(**(_certain(parts) if certain else parts), **UNCHECKED))
 
 
 def inpaint_xl(seed: int = 0, **scheduler: Any) -> Any:
     from diffusers import StableDiffusionXLInpaintPipeline
 
-    return _quiet(StableDiffusionXLInpaintPipeline(**_certain(_xl_parts(seed, {"in_channels": 9}, scheduler)), add_watermarker=False))
+    return quiet(StableDiffusionXLInpaintPipeline(**_certain(_xl_parts(seed, {"in_channels": 9}, scheduler)), add_watermarker=False))
 
 
 def sd3(seed: int = 0, t5: bool = True, transformer: dict[str, Any] | None = None, **scheduler: Any) -> Any:
@@ -98,10 +94,10 @@ def sd3(seed: int = 0, t5: bool = True, transformer: dict[str, Any] | None = Non
     network = SD3Transformer2DModel(**{**config, **(transformer or {})})
     clips = {f"text_encoder{n}": CLIPTextModelWithProjection(CLIPTextConfig(**TEXT, projection_dim=16)) for n in ("", "_2")}
     tokenizers = {f"tokenizer{n}": _clip_tokenizer() for n in ("", "_2")}
-    third = _t5() if t5 else (None, None)
-    return _quiet(
+    third = text_t5() if t5 else (None, None)
+    return quiet(
         StableDiffusion3Pipeline(
-            transformer=_awake(network), scheduler=_scheduler({"shift": 3.0, **scheduler}), vae=_vae(**FLOW_VAE), **clips, **tokenizers,
+            transformer=awake(network), scheduler=flow({"shift": 3.0, **scheduler}), vae=a_vae(**FLOW_VAE), **clips, **tokenizers,
             text_encoder_3=third[0], tokenizer_3=third[1],
         )
     )  # fmt: skip
@@ -118,14 +114,14 @@ def flux(seed: int = 0, guidance_embeds: bool = True, transformer: dict[str, Any
         joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=guidance_embeds, axes_dims_rope=(2, 2, 4),
     )  # fmt: skip
     network = FluxTransformer2DModel(**{**config, **(transformer or {})})
-    clip, (t5, words) = CLIPTextModel(CLIPTextConfig(**TEXT, projection_dim=16)), _t5()
+    clip, (t5, words) = CLIPTextModel(CLIPTextConfig(**TEXT, projection_dim=16)), text_t5()
     dynamic = {"shift": 3.0, "use_dynamic_shifting": True}
     pipe = FluxPipeline(
-        transformer=_awake(network), scheduler=_scheduler({**dynamic, **scheduler}), vae=_vae(**FLOW_VAE), text_encoder=clip,
+        transformer=awake(network), scheduler=flow({**dynamic, **scheduler}), vae=a_vae(**FLOW_VAE), text_encoder=clip,
         tokenizer=_clip_tokenizer(), text_encoder_2=t5, tokenizer_2=words,
     )  # fmt: skip
     pipe.default_sample_size = 8
-    return _quiet(pipe)
+    return quiet(pipe)
 
 
 def z_image(seed: int = 0, transformer: dict[str, Any] | None = None, **scheduler: Any) -> Any:
@@ -144,75 +140,11 @@ def z_image(seed: int = 0, transformer: dict[str, Any] | None = None, **schedule
         head_dim=8, max_position_embeddings=64,
     )  # fmt: skip
     pipe = ZImagePipeline(
-        transformer=_awake(network), scheduler=_scheduler({"shift": 3.0, **scheduler}), vae=_vae(**FLOW_VAE),
+        transformer=awake(network), scheduler=flow({"shift": 3.0, **scheduler}), vae=a_vae(**FLOW_VAE),
         text_encoder=Qwen3Model(language), tokenizer=words,
     )  # fmt: skip
     pipe.default_sample_size = 8
-    return _quiet(pipe)
-
-
-def audioldm2(seed: int = 0, speech: bool = False, unet: dict[str, Any] | None = None, **scheduler: Any) -> Any:
-    """`speech`: with VITS in the place of T5, so that prompts come with transcripts, of letters, digits and blanks."""
-    from diffusers import AudioLDM2Pipeline, AudioLDM2ProjectionModel, AudioLDM2UNet2DConditionModel, DDIMScheduler
-    from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, GPT2Config, GPT2LMHeadModel, SpeechT5HifiGan, SpeechT5HifiGanConfig
-
-    torch.manual_seed(seed)
-    config = dict(
-        UNET, sample_size=16, norm_num_groups=8, cross_attention_dim=([None, 16, 32], [None, 16, 32]), attention_head_dim=2
-    )  # fmt: skip
-    words = dict(
-        vocab_size=len(LETTERS) + 5, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=40, bos_token_id=0, pad_token_id=1, eos_token_id=2, projection_dim=16,
-    )  # fmt: skip
-    ears = dict(
-        spec_size=32, num_mel_bins=8, patch_embeds_hidden_size=8, hidden_size=16, depths=[1, 1], num_attention_heads=[2, 2], num_hidden_layers=2,
-        window_size=2, num_classes=2, projection_dim=16,
-    )  # fmt: skip
-    second, tokenizer = _vits() if speech else _t5(model_max_length=64)
-    places = dict(use_learned_position_embedding=True, max_seq_length=tokenizer.model_max_length) if speech else {}
-    voice = SpeechT5HifiGanConfig(
-        model_in_dim=16, sampling_rate=16000, upsample_initial_channel=32, upsample_rates=[5, 4, 4, 2], upsample_kernel_sizes=[9, 8, 8, 4],
-        resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1, 3]], normalize_before=False,
-    )  # fmt: skip
-    pipe = AudioLDM2Pipeline(
-        vae=_vae(in_channels=1, out_channels=1),
-        text_encoder=ClapModel(ClapConfig(text_config=words, audio_config=ears, projection_dim=16)),
-        text_encoder_2=second,
-        projection_model=_awake(AudioLDM2ProjectionModel(16, 32, 16, **places)),
-        language_model=GPT2LMHeadModel(
-            GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=4, n_positions=200, bos_token_id=0, eos_token_id=0, max_new_tokens=4)
-        ),
-        tokenizer=_roberta(),
-        tokenizer_2=tokenizer,
-        feature_extractor=ClapFeatureExtractor(feature_size=8, sampling_rate=16000, max_length_s=1),
-        unet=AudioLDM2UNet2DConditionModel(**{**config, **(unet or {})}),
-        scheduler=DDIMScheduler(**{**SCHEDULER, **scheduler}),
-        vocoder=_loud(SpeechT5HifiGan(voice)),
-    )
-    return _quiet(pipe)
-
-
-def longcat_audio(seed: int = 0, transformer: dict[str, Any] | None = None, **scheduler: Any) -> Any:
-    """`scheduler` overrides LongCat-AudioDiT's scheduler configuration."""
-    from diffusers import LongCatAudioDiTPipeline, LongCatAudioDiTTransformer, LongCatAudioDiTVae
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    torch.manual_seed(seed)
-    config = dict(dit_dim=16, dit_depth=2, dit_heads=2, dit_text_dim=16, latent_dim=8)
-    network = LongCatAudioDiTTransformer(**{**config, **(transformer or {})})
-    words = _t5()[1]
-    text = UMT5Config(vocab_size=len(words), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    vae = LongCatAudioDiTVae(
-        channels=8, c_mults=[1, 2, 2], strides=[2, 10, 10], latent_dim=8, encoder_latent_dim=16, downsampling_ratio=200, sample_rate=2000
-    )
-    with torch.no_grad():
-        vae.decoder.layers[-2].weight_g.mul_(0.05)  # within full scale
-    return _quiet(
-        LongCatAudioDiTPipeline(
-            vae=vae, text_encoder=UMT5EncoderModel(text), tokenizer=words, transformer=_awake(network),
-            scheduler=_scheduler({"shift": 1.0, "invert_sigmas": True, **scheduler}),
-        )
-    )  # fmt: skip
+    return quiet(pipe)
 
 
 def _parts(seed: int, unet: dict[str, Any], scheduler: dict[str, Any]) -> dict[str, Any]:
@@ -223,7 +155,7 @@ def _parts(seed: int, unet: dict[str, Any], scheduler: dict[str, Any]) -> dict[s
     text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT))
     network = UNet2DConditionModel(**{**UNET, **unet})
     steps = DDIMScheduler(**{**SCHEDULER, **scheduler})
-    return {"vae": _vae(), "text_encoder": text_encoder, "tokenizer": _clip_tokenizer(), "unet": network, "scheduler": steps}
+    return {"vae": a_vae(), "text_encoder": text_encoder, "tokenizer": _clip_tokenizer(), "unet": network, "scheduler": steps}
 
 
 def _xl_parts(seed: int, unet: dict[str, Any], scheduler: dict[str, Any]) -> dict[str, Any]:
@@ -242,7 +174,7 @@ def _certain(parts: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _awake(network: Any) -> Any:
+def awake(network: Any) -> Any:
     """With random weights of a size at which text, guidance and time matter to the velocity."""
     for name, p in network.named_parameters():
         if p.ndim == 2:
@@ -250,22 +182,13 @@ def _awake(network: Any) -> Any:
     return network
 
 
-@torch.no_grad()
-def _loud(vocoder: Any) -> Any:
-    """With random weights of a size at which the mel spectrogram is heard."""
-    for p in vocoder.parameters():
-        if p.ndim > 1:
-            p.normal_(0, 1.2 / p[0].numel() ** 0.5)
-    return vocoder
-
-
-def _scheduler(config: dict[str, Any]) -> Any:
+def flow(config: dict[str, Any]) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(**config)
 
 
-def _vae(**config: Any) -> Any:
+def a_vae(**config: Any) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -278,30 +201,6 @@ def _clip_tokenizer(**config: Any) -> Any:
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer(vocab={w: i for i, w in enumerate(WORDS)}, merges=[], model_max_length=16, **config)
-
-
-def _roberta() -> Any:
-    from transformers import RobertaTokenizer
-
-    words = ["<s>", "<pad>", "</s>", "<unk>", "\u0120", *LETTERS]
-    return RobertaTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=32)
-
-
-def _vits() -> tuple[Any, Any]:
-    """Letter by letter. The pipeline puts token 182 behind a transcript."""
-    from transformers import VitsConfig, VitsModel, VitsTokenizer
-
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "vocab.json"
-        file.write_text(json.dumps({word: i for i, word in enumerate(["<pad>", "<unk>", " ", *LETTERS, *"0123456789"])}))
-        words = VitsTokenizer(str(file), add_blank=False, normalize=True, phonemize=False, model_max_length=24)
-    small = dict(
-        vocab_size=183, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=32, flow_size=16, spectrogram_bins=9,
-        upsample_initial_channel=8, upsample_rates=[2, 2], upsample_kernel_sizes=[4, 4], resblock_kernel_sizes=[3],
-        resblock_dilation_sizes=[[1]], prior_encoder_num_wavenet_layers=1, posterior_encoder_num_wavenet_layers=1,
-        prior_encoder_num_flows=1, wavenet_kernel_size=3, duration_predictor_num_flows=1, duration_predictor_filter_channels=8,
-    )  # fmt: skip
-    return VitsModel(VitsConfig(**small)), words
 
 
 def _chat_tokenizer() -> Any:
@@ -317,7 +216,7 @@ def _chat_tokenizer() -> Any:
     return words
 
 
-def _t5(**config: Any) -> tuple[Any, Any]:
+def text_t5(**config: Any) -> tuple[Any, Any]:
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -2.0) for c in LETTERS)]
@@ -326,7 +225,7 @@ def _t5(**config: Any) -> tuple[Any, Any]:
     return T5EncoderModel(small), words
 
 
-def _quiet(pipe: Any) -> Any:
+def quiet(pipe: Any) -> Any:
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.eval()  # as from_pretrained leaves it: T5 has dropout

@@ -35,6 +35,7 @@ class Loudness:
     differentiable: ClassVar[bool] = True
     modality: ClassVar[Modality] = "audio"
     sample_rate: ClassVar[int | None] = None
+    range: ClassVar[tuple[float, float]] = (-100.0, 0.0)
 
     def __post_init__(self) -> None:
         if not -100 <= self.target <= 0:
@@ -57,6 +58,7 @@ class Silence:
     differentiable: ClassVar[bool] = False
     modality: ClassVar[Modality] = "audio"
     sample_rate: ClassVar[int | None] = 16000
+    range: ClassVar[tuple[float, float]] = (-1.0, 0.0)
 
     def __post_init__(self) -> None:
         if not -100 < self.threshold <= 0:

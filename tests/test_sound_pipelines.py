@@ -18,7 +18,7 @@ from diffalign import registry
 from diffalign.errors import InputError
 from diffalign.lora import LoRA
 from diffalign.models import adapter_of
-from diffalign.pipelines.tiny import audioldm2, longcat_audio
+from diffalign.pipelines.tiny_sound import audioldm2, longcat_audio
 from diffalign.sampling import ddim, transition, without_some_text
 from diffalign.types import Condition, PicturePolicy, Policy, Prompts, SoundPolicy
 
@@ -119,9 +119,9 @@ def test_a_length_of_ones_own(seconds: float):
 
 
 def test_what_is_no_length():
-    with pytest.raises(InputError, match="shortest sound has 0.02"):
+    with pytest.raises(InputError, match=r"shortest sound has 0\.02"):
         policy_of(audioldm2(), audio_seconds=0.01)
-    with pytest.raises(InputError, match=r"makes sounds of 0.1 to 30 s"):
+    with pytest.raises(InputError, match=r"makes sounds of 0\.1 to 30 s"):
         policy_of(longcat_audio(), audio_seconds=31)
     for pipe in (audioldm2(), longcat_audio()):
         with pytest.raises(InputError, match="height and width are of pictures"):
@@ -179,12 +179,21 @@ def test_it_is_a_policy_that_says_what_it_takes(make: Any):
     assert speech.takes == ("transcript",)
     with pytest.raises(InputError, match="the prompts have none"):
         speech.encode(Prompts(("a voice",)))
+    for mute in (policy_of(audioldm2()), policy_of(longcat_audio())):
+        with pytest.raises(InputError, match="takes no transcript"):
+            mute.encode(Prompts(("a voice",), transcript=("one",)))
     assert isinstance(policy, PicturePolicy), "the fields are there, and the modality tells"
 
 
 @pytest.mark.parametrize(
     ("said", "why"),
-    [("one, two!", None), ("One Two", None), ("café", "lacks 'é'"), ("5 €", "lacks '€'"), ("a" * 24, "it has 24 tokens, and the model says 23")],
+    [
+        ("one, two!", None),
+        ("One Two", None),
+        ("café", "lacks 'é'"),
+        ("5 €", "lacks '€'"),
+        ("a" * 24, "it has 24 tokens, and the model says 23"),
+    ],
 )
 def test_what_cannot_be_said(said: str, why: str | None):
     found = policy_of(audioldm2(speech=True)).unspeakable(said)
@@ -195,7 +204,9 @@ def test_a_prompt_that_is_too_long_is_named():
     for pipe in (audioldm2(), longcat_audio()):
         policy = policy_of(pipe, max_sequence_length=12)
         policy.encode(Prompts("a red fox"))
-        with pytest.raises(InputError, match=r"'a very long prompt of sound' has \d+ tokens, and 12 are kept of each: --max-sequence-length"):
+        with pytest.raises(
+            InputError, match=r"'a very long prompt of sound' has \d+ tokens, and 12 are kept of each: --max-sequence-length"
+        ):
             policy.encode(Prompts("a very long prompt of sound"))
 
 
