@@ -81,6 +81,7 @@ METHODS = {
     "refl": Entry("diffalign.methods.refl:ReFL", "Reward gradient on a one-step prediction.", "differentiable reward"),
     "alignprop": Entry("diffalign.methods.alignprop:AlignProp", "Reward gradient through randomly many steps.", "differentiable reward"),
 }
+DIGITS = {"model": "digits", "sample_rate": 8000}
 REWARDS = {
     "hps-v2": Entry("diffalign.rewards.hps:HPS", "Human Preference Score v2, a CLIP ViT-H-14.", "differentiable"),
     "hps-v2.1": Entry("diffalign.rewards.hps:HPS", "Human Preference Score v2.1.", "differentiable", {"version": "v2.1"}),
@@ -108,10 +109,10 @@ REWARDS = {
     "ctc": Entry("diffalign.rewards.speech:CTC", "Likelihood of the transcript under a CTC recogniser.", "differentiable"),
     "wer": Entry("diffalign.rewards.speech:ErrorRate", "Minus the word error rate under Whisper or a CTC recogniser.", "score"),
     "cer": Entry("diffalign.rewards.speech:ErrorRate", "Minus the character error rate.", "score", {"unit": "character"}),
-    "digits-ctc": Entry("diffalign.rewards.speech:CTC", "The same with the embedded recogniser.", "differentiable", {"model": "digits"}),
-    "digits-wer": Entry(
-        "diffalign.rewards.speech:ErrorRate", "Minus the word error rate, with the embedded one.", "score", {"model": "digits"}
+    "digits-ctc": Entry(
+        "diffalign.rewards.speech:CTC", "Likelihood of the transcript, with the embedded recogniser.", "differentiable", DIGITS
     ),
+    "digits-wer": Entry("diffalign.rewards.speech:ErrorRate", "Minus the word error rate, with the embedded one.", "score", DIGITS),
     "mos": Entry("diffalign.rewards.mos:MOS", "UTMOS: the naturalness of speech, about 1 to 5; reads no prompt.", "differentiable"),
     "clap": Entry("diffalign.rewards.clap:CLAP", "Of sound: cosine with its description under CLAP.", "differentiable"),
     "si-sdr": Entry("diffalign.rewards.compared:SISDR", "Of sound: dB of signal over distortion beside a recording.", "differentiable"),

@@ -16,7 +16,7 @@ from diffalign.cache import TextCache
 from diffalign.errors import InputError
 from diffalign.rewards import tiny
 from diffalign.rewards.common import DTYPES, Precision, Words, check_fields, in_chunks
-from diffalign.rewards.hearing import check_model, check_sounds, config_of, extractor_of, folder_of
+from diffalign.rewards.hearing import check_model, check_rate, check_sounds, config_of, extractor_of, folder_of
 from diffalign.rewards.weights import load, load_tokenizer
 from diffalign.types import Modality, Prompts
 
@@ -96,6 +96,8 @@ class CLAP:
     """Hub id of a ClapModel without fusion."""
     checkpoint: Path | None = None
     """A folder with the model, its tokenizer and its feature extractor, in place of the download."""
+    sample_rate: int = 48000
+    """Hz that the model hears, as its feature extractor must say."""
     revision: str = "main"
     """Revision of the model on the Hub: a commit is always the same."""
     precision: Precision = "fp32"
@@ -110,11 +112,6 @@ class CLAP:
     def __post_init__(self) -> None:
         check_fields(self.precision, self.batch_size)
         check_model(self.model)
-
-    @property
-    def sample_rate(self) -> int:
-        """Hz that the network hears; opens the model."""
-        return self.judge.view.sample_rate
 
     def __call__(self, media: Tensor, prompts: Prompts) -> Tensor:
         """Sounds (B, samples) in [-1, 1] at `sample_rate` Hz and B prompts to (B,) in [-1, 1]; the gradient reaches the sounds."""
@@ -136,6 +133,7 @@ class CLAP:
 
         folder = folder_of(self.model, self.revision, self.checkpoint)
         config, view = config_of(folder, ("clap",)), View.of(folder)
+        check_rate(view.sample_rate, self.sample_rate, folder)
         ears = config.audio_config
         if ears.enable_fusion or ears.num_mel_bins != view.filters.shape[1]:
             what = (
@@ -149,7 +147,7 @@ class CLAP:
 
     def tiny(self, folder: Path) -> CLAP:
         """The same reward with a tiny random CLAP of sounds of 1 s, which is written into `folder` as the real one lies on the Hub."""
-        return replace(self, checkpoint=tiny.save_clap(folder))
+        return replace(self, checkpoint=tiny.save_clap(folder, sampling_rate=self.sample_rate))
 
 
 def _reader(network: Any, words: Words) -> Callable[[list[str]], tuple[Tensor]]:

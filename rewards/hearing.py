@@ -68,6 +68,12 @@ def extractor_of(folder: Path, extractor_class: Any) -> Any:
         raise InputError(f"The feature extractor in {folder} does not load: {' '.join(str(error).split())[:200]}") from error
 
 
+def check_rate(found: int, wanted: int, folder: Path) -> None:
+    """Raise InputError where a model hears at another rate than the reward says, to which sounds are brought before it is opened."""
+    if found != wanted:
+        raise InputError(f"The model in {folder} hears {found} Hz, and sample_rate is {wanted}: --reward.sample-rate {found}.")
+
+
 @dataclass(frozen=True)
 class Ear:
     """How a wav2vec 2.0-like network hears waveforms: at `sample_rate` Hz, brought to mean 0 and variance 1 or as they are."""
@@ -76,11 +82,12 @@ class Ear:
     normalises: bool
 
     @staticmethod
-    def of(folder: Path) -> Ear:
-        """As the preprocessor_config.json says."""
+    def of(folder: Path, sample_rate: int) -> Ear:
+        """As the preprocessor_config.json says. Raises InputError where that is another rate."""
         from transformers import Wav2Vec2FeatureExtractor
 
         said = extractor_of(folder, Wav2Vec2FeatureExtractor)
+        check_rate(int(said.sampling_rate), sample_rate, folder)
         return Ear(int(said.sampling_rate), bool(said.do_normalize))
 
     def __call__(self, media: Tensor) -> Tensor:
@@ -180,12 +187,12 @@ class Recogniser:
     letters: Letters
 
     @staticmethod
-    def of(folder: Path, dtype: torch.dtype) -> Recogniser:
+    def of(folder: Path, dtype: torch.dtype, sample_rate: int) -> Recogniser:
         """Wav2Vec2ForCTC, HubertForCTC or WavLMForCTC of a folder, with its feature extractor and its tokenizer."""
         from transformers import AutoModelForCTC
 
         config = config_of(folder, WAV2VEC2)
-        ear, letters = Ear.of(folder), Letters.of(folder, config)
+        ear, letters = Ear.of(folder, sample_rate), Letters.of(folder, config)
         if getattr(config, "adapter_attn_dim", None) is not None:
             raise InputError(f"The model in {folder} has an adapter for each language (MMS), which this reward does not read.")
         return Recogniser(load(AutoModelForCTC, folder, dtype, unused=MASKING), ear, letters)

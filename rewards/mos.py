@@ -138,7 +138,7 @@ def config_of(*, width: int, inner: int, layers: int, conv: list[int], kernels: 
 
     return Wav2Vec2Config(
         hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=width // HEAD, conv_dim=conv,
-        conv_kernel=kernels, conv_stride=list(STRIDES), num_feat_extract_layers=len(conv), num_conv_pos_embeddings=places,
+        conv_kernel=kernels, conv_stride=list(STRIDES), num_conv_pos_embeddings=places,
         num_conv_pos_embedding_groups=groups, feat_extract_norm="group", conv_bias=False, do_stable_layer_norm=False, hidden_act="gelu",
     )  # fmt: skip
 

@@ -21,6 +21,7 @@ from diffalign.rewards.hearing import (
     WAV2VEC2,
     Recogniser,
     check_model,
+    check_rate,
     check_sounds,
     config_of,
     extractor_of,
@@ -41,6 +42,8 @@ class CTC:
     """Hub id of a Wav2Vec2ForCTC, HubertForCTC or WavLMForCTC; digits: the embedded one."""
     checkpoint: Path | None = None
     """A folder with the model, its tokenizer and its feature extractor, in place of the download."""
+    sample_rate: int = 16000
+    """Hz that the model hears, as its feature extractor must say."""
     revision: str = "main"
     """Revision of the model on the Hub: a commit is always the same."""
     precision: Precision = "fp32"
@@ -55,11 +58,6 @@ class CTC:
     def __post_init__(self) -> None:
         check_fields(self.precision, self.batch_size)
         check_model(self.model, DIGITS)
-
-    @property
-    def sample_rate(self) -> int:
-        """Hz that the network hears; opens the model."""
-        return self.recogniser.ear.sample_rate
 
     def open(self) -> None:
         """Load the weights, now rather than at the first call. Raises InputError where they cannot be had."""
@@ -100,11 +98,12 @@ class CTC:
     @cached_property
     def recogniser(self) -> Recogniser:
         """The network, frozen, with what it hears and writes."""
-        return Recogniser.of(folder_of(self.model, self.revision, self.checkpoint), DTYPES[self.precision])
+        folder = folder_of(self.model, self.revision, self.checkpoint)
+        return Recogniser.of(folder, DTYPES[self.precision], self.sample_rate)
 
     def tiny(self, folder: Path) -> CTC:
-        """The same reward with a tiny random Wav2Vec2ForCTC of 8 kHz, which is written into `folder` as the real one lies on the Hub."""
-        return replace(self, checkpoint=tiny.save_recogniser(folder))
+        """The same reward with a tiny random Wav2Vec2ForCTC, which is written into `folder` as the real one lies on the Hub."""
+        return replace(self, checkpoint=tiny.save_recogniser(folder, sample_rate=self.sample_rate))
 
 
 def edits(found: Sequence[str], wanted: Sequence[str]) -> int:
@@ -134,6 +133,8 @@ class ErrorRate:
     """Hub id of a Whisper, or of a Wav2Vec2ForCTC, HubertForCTC or WavLMForCTC; digits: the embedded one."""
     checkpoint: Path | None = None
     """A folder with the model, its tokenizer and its feature extractor, in place of the download."""
+    sample_rate: int = 16000
+    """Hz that the model hears, as its feature extractor must say."""
     revision: str = "main"
     """Revision of the model on the Hub: a commit is always the same."""
     language: str | None = None
@@ -152,11 +153,6 @@ class ErrorRate:
         check_model(self.model, DIGITS)
         if self.unit not in ("word", "character"):
             raise InputError(f"unit is {self.unit}: give word or character.")
-
-    @property
-    def sample_rate(self) -> int:
-        """Hz that the network hears; opens the model."""
-        return self.listener[0]
 
     def open(self) -> None:
         """Load the weights, now rather than at the first call. Raises InputError where they cannot be had."""
@@ -180,38 +176,40 @@ class ErrorRate:
     @torch.no_grad()
     def transcribe(self, media: Tensor) -> list[str]:
         """What is heard in sounds (B, samples), as the recogniser writes it."""
-        return [text for part in media.split(self.batch_size) for text in self.listener[1](part)]
+        return [text for part in media.split(self.batch_size) for text in self.listener(part)]
 
     @cached_property
-    def listener(self) -> tuple[int, Callable[[Tensor], list[str]]]:
-        """The rate that the network hears, Hz; and from sounds to texts."""
+    def listener(self) -> Callable[[Tensor], list[str]]:
+        """From sounds to texts."""
         folder, dtype = folder_of(self.model, self.revision, self.checkpoint), DTYPES[self.precision]
         config = config_of(folder, ("whisper", *WAV2VEC2))
         if config.model_type == "whisper":
-            return _whisper(folder, dtype, self.language)
+            return _whisper(folder, dtype, self.language, self.sample_rate)
         if self.language is not None:
             raise InputError(f"language is {self.language}: only a Whisper of many languages is told one. Drop it.")
-        recogniser = Recogniser.of(folder, dtype)
+        recogniser = Recogniser.of(folder, dtype, self.sample_rate)
 
         def listen(media: Tensor) -> list[str]:
             recogniser.network.to(media.device)
             frames(recogniser.network, media.shape[1], recogniser.ear.sample_rate)
             return [recogniser.letters.read(path) for path in recogniser.log_probs(media).argmax(-1)]
 
-        return recogniser.ear.sample_rate, listen
+        return listen
 
     def tiny(self, folder: Path) -> ErrorRate:
         """The same reward with a tiny random Whisper, of `digits` a Wav2Vec2ForCTC, which is written into `folder`."""
-        return replace(self, checkpoint=(tiny.save_recogniser if self.model == DIGITS else tiny.save_whisper)(folder))
+        own = self.model == DIGITS
+        return replace(self, checkpoint=tiny.save_recogniser(folder, sample_rate=self.sample_rate) if own else tiny.save_whisper(folder))
 
 
-def _whisper(folder: Path, dtype: torch.dtype, language: str | None) -> tuple[int, Callable[[Tensor], list[str]]]:
+def _whisper(folder: Path, dtype: torch.dtype, language: str | None, sample_rate: int) -> Callable[[Tensor], list[str]]:
     """A Whisper's greedy transcripts. Raises InputError for sounds beyond its window, and for a language that it does not know."""
     from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
 
     network: Any = load(WhisperForConditionalGeneration, folder, dtype)
     tokenizer = load_tokenizer(WhisperTokenizer, folder, network.config.vocab_size, at_least=network.config.vocab_size // 2)
     hear, said = extractor_of(folder, WhisperFeatureExtractor), network.generation_config
+    check_rate(int(hear.sampling_rate), sample_rate, folder)
     known = getattr(said, "lang_to_id", None) or {}
     if language is not None and f"<|{language}|>" not in known:
         codes = " ".join(sorted(code.strip("<|>") for code in known)) or "none: drop it"
@@ -234,4 +232,4 @@ def _whisper(folder: Path, dtype: torch.dtype, language: str | None) -> tuple[in
             ids = network.generate(heard, num_beams=1, do_sample=False, max_new_tokens=most, return_timestamps=False, **fields)
         return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
-    return int(hear.sampling_rate), listen
+    return listen

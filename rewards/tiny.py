@@ -106,12 +106,14 @@ def save_ear(folder: Path, model: Any, sample_rate: int = 16000, normalises: boo
     return folder
 
 
-def save_recogniser(folder: Path, kind: str = "Wav2Vec2", letters: str = string.ascii_lowercase + "'", **fields: Any) -> Path:
-    """A CTC network of 8 kHz that spells, with its tokenizer and feature extractor, saved into `folder`."""
+def save_recogniser(
+    folder: Path, kind: str = "Wav2Vec2", letters: str = string.ascii_lowercase + "'", sample_rate: int = 16000, **fields: Any
+) -> Path:
+    """A CTC network that spells, with its tokenizer and feature extractor, saved into `folder`."""
     from transformers import Wav2Vec2CTCTokenizer
 
     words = ["<pad>", "<s>", "</s>", "<unk>", "|", *letters]
-    save_ear(folder, wav2vec2(kind, "ForCTC", **{"vocab_size": len(words), "pad_token_id": 0, **fields}), sample_rate=8000)
+    save_ear(folder, wav2vec2(kind, "ForCTC", **{"vocab_size": len(words), "pad_token_id": 0, **fields}), sample_rate=sample_rate)
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     with quiet():
         Wav2Vec2CTCTokenizer(str(folder / "vocab.json")).save_pretrained(folder)

@@ -66,6 +66,8 @@ class SpeakerSimilarity:
     """Hub id of a WavLMForXVector."""
     checkpoint: Path | None = None
     """A folder with the model and its feature extractor, in place of the download."""
+    sample_rate: int = 16000
+    """Hz that the model hears, as its feature extractor must say."""
     reference: Path | None = None
     """A .wav file that all prompts are compared with, or a .jsonl file that names one for each; by default the prompts' own."""
     revision: str = "main"
@@ -82,11 +84,6 @@ class SpeakerSimilarity:
     def __post_init__(self) -> None:
         check_fields(self.precision, self.batch_size)
         check_model(self.model)
-
-    @property
-    def sample_rate(self) -> int:
-        """Hz that the network hears; opens the model."""
-        return self.features.ear.sample_rate
 
     def __call__(self, media: Tensor, prompts: Prompts) -> Tensor:
         """Sounds (B, samples) in [-1, 1] at `sample_rate` Hz and B prompts to (B,) in [-1, 1]; the gradient reaches the sounds."""
@@ -112,7 +109,7 @@ class SpeakerSimilarity:
 
         folder = folder_of(self.model, self.revision, self.checkpoint)
         config = config_of(folder, ("wavlm",))
-        ear = Ear.of(folder)
+        ear = Ear.of(folder, self.sample_rate)
         network = load(WavLMForXVector, folder, DTYPES[self.precision], unused=MASKING)
 
         def vectors(sounds: Tensor) -> Tensor:
@@ -124,7 +121,7 @@ class SpeakerSimilarity:
 
     def tiny(self, folder: Path) -> SpeakerSimilarity:
         """The same reward with a tiny random WavLMForXVector, which is written into `folder` as the real one lies on the Hub."""
-        return replace(self, checkpoint=tiny.save_ear(folder, tiny.wav2vec2("WavLM", "ForXVector")))
+        return replace(self, checkpoint=tiny.save_ear(folder, tiny.wav2vec2("WavLM", "ForXVector"), self.sample_rate))
 
 
 @dataclass(frozen=True)
@@ -139,6 +136,8 @@ class SpeechBERTScore:
     """Layer whose features are compared, 0 for what goes into the first; null: the last."""
     checkpoint: Path | None = None
     """A folder with the model and its feature extractor, in place of the download."""
+    sample_rate: int = 16000
+    """Hz that the model hears, as its feature extractor must say."""
     reference: Path | None = None
     """A .wav file that all prompts are compared with, or a .jsonl file that names one for each; by default the prompts' own."""
     revision: str = "main"
@@ -159,11 +158,6 @@ class SpeechBERTScore:
             raise InputError(f"measure is {self.measure}: give precision, recall or f1.")
         if self.layer is not None and self.layer < 0:
             raise InputError(f"layer is {self.layer}: give 0 or more, or null for the last.")
-
-    @property
-    def sample_rate(self) -> int:
-        """Hz that the network hears; opens the model."""
-        return self.features.ear.sample_rate
 
     def __call__(self, media: Tensor, prompts: Prompts) -> Tensor:
         """Sounds (B, samples) in [-1, 1] at `sample_rate` Hz and B prompts to (B,) in [-1, 1]; the gradient reaches the sounds."""
@@ -199,7 +193,7 @@ class SpeechBERTScore:
         from transformers import AutoModel
 
         folder = folder_of(self.model, self.revision, self.checkpoint)
-        config, ear = config_of(folder, WAV2VEC2), Ear(Ear.of(folder).sample_rate, normalises=False)
+        config, ear = config_of(folder, WAV2VEC2), Ear(Ear.of(folder, self.sample_rate).sample_rate, normalises=False)
         if self.layer is not None and self.layer > config.num_hidden_layers:
             raise InputError(f"layer is {self.layer}, and the model in {folder} has {config.num_hidden_layers}.")
         network = load(AutoModel, folder, DTYPES[self.precision], unused=MASKING)
@@ -213,4 +207,5 @@ class SpeechBERTScore:
 
     def tiny(self, folder: Path) -> SpeechBERTScore:
         """The same reward with a tiny random WavLMModel of as many layers, written into `folder` as the real one lies on the Hub."""
-        return replace(self, checkpoint=tiny.save_ear(folder, tiny.wav2vec2("WavLM", num_hidden_layers=max(2, self.layer or 0))))
+        network = tiny.wav2vec2("WavLM", num_hidden_layers=max(2, self.layer or 0))
+        return replace(self, checkpoint=tiny.save_ear(folder, network, self.sample_rate))

@@ -17,7 +17,7 @@ from diffalign.errors import InputError
 from diffalign.registry import find
 from diffalign.rewards import tiny
 from diffalign.rewards.clap import CLAP, View
-from diffalign.types import Prompts
+from diffalign.types import Prompts, SoundReward
 
 THREE = Prompts(("a dog barks", "rain", "calm"))
 
@@ -127,8 +127,10 @@ def test_the_twin_scores_with_a_gradient(tmp_path: Path) -> None:
     made, preset = find("rewards", "clap")
     twin = made(**preset, batch_size=1).tiny(tmp_path)
     assert type(twin) is CLAP
+    assert isinstance(made(), SoundReward)  # which reads the rate: no weights are loaded for that
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 6e6
-    checked = CheckedReward(twin, "clap")
+    opened: Any = twin
+    checked = CheckedReward(opened, "clap")
     checked.open()
     assert checked.sample_rate == 48000
     media = sounds(2, 4000).requires_grad_()  # half a second at 8 kHz

@@ -56,7 +56,7 @@ def test_its_gradient_is_that_of_small_steps_and_finite_at_the_ends() -> None:
 
 
 def test_the_reward_compares_each_sound_with_its_own_recording(files: Path) -> None:
-    reward = SISDR(reference=files / "list.jsonl")
+    reward: Any = SISDR(reference=files / "list.jsonl")
     reward.open()
     media = torch.stack([tone(400.0, level=0.1), tone(400.0)]).requires_grad_()
     scores = CheckedReward(reward, "si-sdr")(media, replace(TWO, sample_rate=16000))
@@ -110,7 +110,7 @@ def test_recordings_that_cannot_be_had_are_named_before_anything_is_scored(files
         with pytest.raises(InputError, match=says):
             SISDR(reference=files / name).open()
     with pytest.raises(InputError, match=r"has no line for the prompt 'three'"):
-        SISDR(reference=files / "list.jsonl")(torch.rand(1, 1600), Prompts("three"))
+        SISDR(reference=files / "list.jsonl")(torch.rand(1, 1600), Prompts(("three",)))
     for prompts in (TWO, replace(TWO, metadata=({}, {}))):
         with pytest.raises(InputError, match=r"The prompt 'one' has no recording to compare with: --reward\.reference takes"):
             SISDR()(torch.rand(2, 1600), prompts)

@@ -122,7 +122,8 @@ def test_the_twin_has_the_layout_of_the_original(tmp_path: Path) -> None:
     assert type(twin) is MOS
     assert set(torch.load(tmp_path / "twin" / FILE, weights_only=True)) == set(UTMOS().state_dict())
     assert (tmp_path / "twin" / FILE).stat().st_size < 6e6
-    checked = CheckedReward(twin, "mos")
+    opened: Any = twin
+    checked = CheckedReward(opened, "mos")
     checked.open()
     media = sounds(2, 8000).requires_grad_()
     assert torch.autograd.grad(checked(media, replace(THREE[:2], sample_rate=16000)).sum(), media)[0].any()

@@ -58,7 +58,7 @@ def test_each_opinion_is_its_column(asked: list[Any]) -> None:
     for i, measure in enumerate(("overall", "noisiness", "discontinuity", "coloration", "loudness")):
         assert nisqa(measure=measure)(media, TWO).tolist() == [i + 0.25, i + 0.5]
     assert asked[-1] == ((1, 100), 48000)
-    scores = CheckedReward(NISQA(), "nisqa")(media.requires_grad_(), TWO)
+    scores = CheckedReward(nisqa(), "nisqa")(media.requires_grad_(), TWO)
     assert not scores.requires_grad
     assert asked[-1] == ((1, 300), 48000)
 
@@ -80,7 +80,8 @@ def test_what_fails_is_said(asked: list[Any], monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setitem(sys.modules, "torchmetrics.functional.audio.dnsmos", None)
     with pytest.raises(InputError, match=r"dnsmos needs packages that are not installed .*pip install 'diffalign\[speech-metrics\]'"):
         DNSMOS().open()
-    for make in (DNSMOS, NISQA):
+    makes: list[Any] = [DNSMOS, NISQA]
+    for make in makes:
         with pytest.raises(InputError, match="has no tiny twin"):
             make().tiny(tmp_path)
         with pytest.raises(InputError, match="measure is mos: give"):

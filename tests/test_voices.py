@@ -19,7 +19,7 @@ from diffalign.registry import find
 from diffalign.rewards import tiny
 from diffalign.rewards.voices import SpeakerSimilarity, SpeechBERTScore
 from diffalign.sound import read_wav, write_wav
-from diffalign.types import Prompts
+from diffalign.types import Prompts, SoundReward
 
 THREE = Prompts(("one", "two", "three"))
 LENGTHS = {"one": 5000, "two": 8000, "three": 6321}
@@ -152,6 +152,7 @@ def test_every_row_has_a_twin_of_its_class_that_scores_with_a_gradient(name: str
     made, preset = find("rewards", name)
     twin = made(**preset, reference=folder / "one.wav").tiny(tmp_path)
     assert type(twin) is made
+    assert isinstance(made(), SoundReward)  # which reads the rate: no weights are loaded for that
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 6e6
     checked = CheckedReward(twin, name)
     checked.open()
