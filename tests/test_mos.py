@@ -15,7 +15,8 @@ from torch import Tensor
 from diffalign.contract import CheckedReward
 from diffalign.errors import InputError
 from diffalign.registry import find
-from diffalign.rewards.mos import FILE, MOS, URL
+from diffalign.rewards.mos import FILE, MOS, URL, Judge, architecture, encoder_source
+from diffalign.rewards.weights import Source, convert
 from diffalign.types import Prompts
 
 THREE = Prompts(("a", "b", "c"))
@@ -72,6 +73,28 @@ def test_a_gradient_reaches_the_sound_through_an_lstm_in_training_and_nothing_tr
     assert networks["judge"].blstm.dropout == 0
     assert not networks["encoder"].training
     assert not any(p.requires_grad for p in networks.parameters())
+
+
+def test_the_names_and_shapes_at_full_size_are_the_published_networks() -> None:
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    with torch.device("meta"):
+        state = UTMOS(768, 3072, 12, 512, 128, 16, 128, 512, 2048).state_dict()
+        config = architecture(state, Path("x.pt"))
+        networks = {"encoder": (Wav2Vec2Model(config), encoder_source), "judge": (Judge(768, 128, 128, 512, 2048), Source)}
+    found = convert(state, networks, Path("x.pt"))  # all of them, and no other
+    assert sum(tensor.numel() for tensors in found.values() for tensor in tensors.values()) == sum(x.numel() for x in state.values())
+    base = Wav2Vec2Config()  # transformers' defaults are wav2vec 2.0 base
+    for name in (
+        "conv_kernel",
+        "conv_stride",
+        "conv_dim",
+        "num_attention_heads",
+        "num_conv_pos_embeddings",
+        "num_conv_pos_embedding_groups",
+    ):
+        ours, theirs = (list(x) if isinstance(x, list | tuple) else x for x in (getattr(config, name), getattr(base, name)))
+        assert ours == theirs, name
 
 
 def test_a_wrong_checkpoint_is_named(original: tuple[Any, Path], tmp_path: Path) -> None:
