@@ -120,53 +120,6 @@ def save_recogniser(
     return folder
 
 
-@torch.no_grad()
-def _loud(network: Any) -> Any:
-    """With weights large enough for what goes in to change what comes out."""
-    for parameter in network.parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(0, 0.5)
-    return network
-
-
-def save_whisper(folder: Path, languages: tuple[str, ...] = ("en", "de")) -> Path:
-    """A WhisperForConditionalGeneration of 30 s at 16 kHz with its tokenizer of bytes and feature extractor, saved into `folder`."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
-
-    special = [
-        "<|endoftext|>",
-        "<|startoftranscript|>",
-        *(f"<|{x}|>" for x in languages),
-        "<|translate|>",
-        "<|transcribe|>",
-        "<|notimestamps|>",
-    ]
-    vocabulary = {word: i for i, word in enumerate([*sorted(ByteLevel.alphabet()), *special])}
-    end, start = vocabulary["<|endoftext|>"], vocabulary["<|startoftranscript|>"]
-    marks: dict[str, Any] = dict(pad_token_id=end, bos_token_id=end, eos_token_id=end, decoder_start_token_id=start)
-    config = WhisperConfig(
-        vocab_size=len(vocabulary), d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-        encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8, max_target_positions=40, suppress_tokens=None,
-        begin_suppress_tokens=None, **marks,
-    )  # fmt: skip
-    model: Any = seeded(lambda: _loud(WhisperForConditionalGeneration(config))).eval()
-    said = {end, *(vocabulary[x] for x in "aeinot\u0120")}  # few letters and many blanks, so that sounds differ in their words
-    model.generation_config = GenerationConfig(
-        suppress_tokens=[i for i in vocabulary.values() if i not in said],
-        is_multilingual=bool(languages), no_timestamps_token_id=vocabulary["<|notimestamps|>"], max_length=40,
-        lang_to_id={f"<|{x}|>": vocabulary[f"<|{x}|>"] for x in languages},
-        task_to_id={x: vocabulary[f"<|{x}|>"] for x in ("translate", "transcribe")}, **marks,
-    )  # fmt: skip
-    with quiet():
-        model.save_pretrained(folder)
-        tokenizer = WhisperTokenizer(vocab=vocabulary, merges=[])
-        tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
-        tokenizer.save_pretrained(folder)
-        WhisperFeatureExtractor(feature_size=8).save_pretrained(folder)
-    return folder
-
-
 def save_clap(folder: Path, **extractor: Any) -> Path:
     """A ClapModel without fusion for sounds of 1 s at 48 kHz, with its tokenizer and feature extractor, saved into `folder`."""
     from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, RobertaTokenizer
