@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import diffalign
+from diffalign import sound
 from diffalign.errors import InputError
 from diffalign.rewards.weights import TOKENIZER, WEIGHTS, load, quiet, snapshot
 from diffalign.types import Prompts
@@ -19,7 +19,7 @@ from diffalign.types import Prompts
 LOUDEST = 1.5  # resampling overshoots where a sound is clipped; what is louder is on another scale
 MASKING = r"masked_spec_embed$"  # of training alone: published checkpoints often lack it
 DIGITS = "digits"
-RECOGNISER = Path(diffalign.__file__).parent / "assets" / DIGITS / "recogniser"
+RECOGNISER = Path(sound.__file__).parent / "assets" / DIGITS / "recogniser"
 WAV2VEC2 = ("wav2vec2", "hubert", "wavlm")  # encoders of a waveform, by transformers' names of their types
 
 
