@@ -64,11 +64,10 @@ class LongCatAudioFamily:
         if not 1 <= frames <= most:
             each = pipe.vae_scale_factor / pipe.sample_rate
             raise InputError(f"audio_seconds is {seconds:g}: this model makes sounds of {each:.3g} to {pipe.max_wav_duration:g} s.")
-        tokens = max_sequence_length or TOKENS
+        path, tokens = _path(pipe.scheduler), max_sequence_length or TOKENS
         dtype, came, coder = PRECISIONS[precision], dtypes_of(pipe), PRECISIONS[vae_precision]
         for name, kind in {"vae": coder, "transformer": dtype, "text_encoder": dtype}.items():
             freeze(getattr(pipe, name), device, kind)
-        path = _path(pipe.scheduler)
         inverted, guided, samples = pipe.scheduler.config.invert_sigmas, guidance_scale > 1, frames * pipe.vae_scale_factor
         names = (*NAMES, *(NULL + name for name in NAMES)) if guided else NAMES
         mark = "" if negative_prompt is None else f"\0{negative_prompt}"
