@@ -165,9 +165,10 @@ def _path(scheduler: Any) -> RectifiedFlow:
 
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         raise InputError(f"LongCatAudioDiTPipeline is sampled with a FlowMatchEulerDiscreteScheduler, not {type(scheduler).__name__}.")
-    if scheduler.config.use_dynamic_shifting:
+    config: Any = scheduler.config
+    if config.use_dynamic_shifting:
         raise InputError("This scheduler shifts by the resolution (use_dynamic_shifting), and the pipeline's call tells it none.")
-    path = path_of(FlowMatchEulerDiscreteScheduler.from_config({**scheduler.config, "invert_sigmas": False}))
+    path = path_of(FlowMatchEulerDiscreteScheduler.from_config({**config, "invert_sigmas": False}))
     assert isinstance(path, RectifiedFlow)
     return RectifiedFlow(path.scheduler, spacing="linear")
 
