@@ -41,9 +41,9 @@ def align(
 
     `pipe` is a live diffusers pipeline (trained in place), a Hub id, a folder, or 'shapes'. `reward` is a name, or a callable
     `(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`. `prompts` is a list, or what `--prompts` takes; of an
-    editing pipeline a list of `(instruction, picture file)`, for inpainting of `(text, picture file, mask file)`, of speech of `SpokenPrompt(text, transcript)`. Everything else is a
-    setting (`steps=`, `learning_rate=`, `lora={"rank": 8}`, ...) or a field of the method (`k=`, `inference_steps=`, ...), as in
-    config.yaml.
+    editing pipeline a list of `(instruction, picture file)`, for inpainting of `(text, picture file, mask file)`, for speech of
+    `SpokenPrompt(text, transcript)`. Everything else is a setting (`steps=`, `learning_rate=`, `lora={"rank": 8}`, ...) or a field of the
+    method (`k=`, `inference_steps=`, ...), as in config.yaml.
 
     Raises InputError for anything that cannot work, where possible before a model is loaded.
     """
