@@ -14,7 +14,7 @@ from diffalign import registry, tiny
 from diffalign.config import Plan, resolve
 from diffalign.console import say
 from diffalign.contract import CheckedReward
-from diffalign.data import check_fit, check_prompts, read_prompts
+from diffalign.data import SpokenPrompt, check_fit, check_prompts, read_prompts
 from diffalign.errors import InputError
 from diffalign.inputs import check_media, check_reward, eval_rewards, given_prompts, named_rewards, open_data, prompt_lists
 from diffalign.media import read_image
@@ -32,8 +32,8 @@ def align(
     *,
     method: str = "draft",
     reward: Any = None,
-    prompts: str | Path | Sequence[str | tuple[str, *tuple[str | Path, ...]]] | None = None,
-    eval_prompts: str | Path | Sequence[str | tuple[str, *tuple[str | Path, ...]]] | None = None,
+    prompts: str | Path | Sequence[str | SpokenPrompt | tuple[str, *tuple[str | Path, ...]]] | None = None,
+    eval_prompts: str | Path | Sequence[str | SpokenPrompt | tuple[str, *tuple[str | Path, ...]]] | None = None,
     output: str | Path | None = None,
     **given: Any,
 ) -> Run:
@@ -41,9 +41,9 @@ def align(
 
     `pipe` is a live diffusers pipeline (trained in place), a Hub id, a folder, or 'shapes'. `reward` is a name, or a callable
     `(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`. `prompts` is a list, or what `--prompts` takes; of an
-    editing pipeline a list of `(instruction, picture file)`, for inpainting of `(text, picture file, mask file)`. Everything else is a
-    setting (`steps=`, `learning_rate=`, `lora={"rank": 8}`, ...) or a field of the method (`k=`, `inference_steps=`, ...), as in
-    config.yaml.
+    editing pipeline a list of `(instruction, picture file)`, for inpainting of `(text, picture file, mask file)`, for speech of
+    `SpokenPrompt(text, transcript)`. Everything else is a setting (`steps=`, `learning_rate=`, `lora={"rank": 8}`, ...) or a field of the
+    method (`k=`, `inference_steps=`, ...), as in config.yaml.
 
     Raises InputError for anything that cannot work, where possible before a model is loaded.
     """

@@ -117,8 +117,9 @@ def named_rewards(
     Raises InputError where one judges other media than are `made`, before any is opened.
     """
     rewards = _made(names, fields, dry=dry)
-    for reward in rewards if made is not None else ():
-        check_modality(reward.reward, reward.name, made)
+    if made is not None:
+        for reward in rewards:
+            check_modality(reward.reward, reward.name, made)
     for reward in rewards:
         reward.open()
     return rewards

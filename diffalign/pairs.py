@@ -90,7 +90,12 @@ class Making:
 
 
 def make_pairs(
-    pipe: Any = "shapes", *, reward: Any = None, output: str | Path, prompts: str | Path | Sequence[str] | None = None, **given: Any
+    pipe: Any = "shapes",
+    *,
+    reward: Any = None,
+    output: str | Path,
+    prompts: str | Path | Sequence[str | SpokenPrompt] | None = None,
+    **given: Any,
 ) -> Path:
     """Write preference pairs of a model's samples into the folder `output`, and return it; the same call again goes on.
 

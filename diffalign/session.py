@@ -273,8 +273,9 @@ def evaluate_into(
         draft.write_text(json.dumps(results, indent=2) + "\n")
     rate, rows = rate_of(policy), {"before": before[:PICTURES], "after": after[:PICTURES]}
     sheet(list(rows.items()), prompts[:PICTURES], rate).save(picture)
-    for name, media in rows.items() if rate is not None else ():
-        write_all(picture.with_name(f"{picture.stem}-{name}"), media, rate or 0)
+    if rate is not None:
+        for name, media in rows.items():
+            write_all(picture.with_name(f"{picture.stem}-{name}"), media, rate)
     return results
 
 

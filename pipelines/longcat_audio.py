@@ -64,11 +64,10 @@ class LongCatAudioFamily:
         if not 1 <= frames <= most:
             each = pipe.vae_scale_factor / pipe.sample_rate
             raise InputError(f"audio_seconds is {seconds:g}: this model makes sounds of {each:.3g} to {pipe.max_wav_duration:g} s.")
-        tokens = max_sequence_length or TOKENS
+        path, tokens = _path(pipe.scheduler), max_sequence_length or TOKENS
         dtype, came, coder = PRECISIONS[precision], dtypes_of(pipe), PRECISIONS[vae_precision]
         for name, kind in {"vae": coder, "transformer": dtype, "text_encoder": dtype}.items():
             freeze(getattr(pipe, name), device, kind)
-        path = _path(pipe.scheduler)
         inverted, guided, samples = pipe.scheduler.config.invert_sigmas, guidance_scale > 1, frames * pipe.vae_scale_factor
         names = (*NAMES, *(NULL + name for name in NAMES)) if guided else NAMES
         mark = "" if negative_prompt is None else f"\0{negative_prompt}"
@@ -166,9 +165,10 @@ def _path(scheduler: Any) -> RectifiedFlow:
 
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         raise InputError(f"LongCatAudioDiTPipeline is sampled with a FlowMatchEulerDiscreteScheduler, not {type(scheduler).__name__}.")
-    if scheduler.config.use_dynamic_shifting:
+    config: Any = scheduler.config
+    if config.use_dynamic_shifting:
         raise InputError("This scheduler shifts by the resolution (use_dynamic_shifting), and the pipeline's call tells it none.")
-    path = path_of(FlowMatchEulerDiscreteScheduler.from_config({**scheduler.config, "invert_sigmas": False}))
+    path = path_of(FlowMatchEulerDiscreteScheduler.from_config({**config, "invert_sigmas": False}))
     assert isinstance(path, RectifiedFlow)
     return RectifiedFlow(path.scheduler, spacing="linear")
 

@@ -156,15 +156,15 @@ def test_loudness_is_minus_the_distance_in_decibels():
     found = Loudness(target=-20.0)(waves, Prompts(("",) * 5))
     torch.testing.assert_close(found, -torch.tensor([20.0, 0.0, 40.0, 16.9897, 80.0]), rtol=0, atol=1e-3)
     quiet = (0.01 * square).requires_grad_()
-    assert torch.autograd.grad(Loudness()(quiet, Prompts("")).sum(), quiet)[0].min() > 0, "louder is better"
+    assert torch.autograd.grad(Loudness()(quiet, Prompts(("",))).sum(), quiet)[0].min() > 0, "louder is better"
 
 
 def test_silence_counts_frames_at_its_own_rate():
     half = torch.cat([torch.zeros(1, 8000), torch.ones(1, 8000) * 0.1], 1)
-    assert Silence()(half, Prompts("")).tolist() == [-0.5]
-    assert Silence(threshold=-10.0)(half, Prompts("")).tolist() == [-1.0]
-    assert Silence()(torch.ones(1, 7), Prompts("")).tolist() == [0.0], "shorter than a frame"
-    checked = CheckedReward(Silence(), "silence")
+    assert Silence()(half, Prompts(("",))).tolist() == [-0.5]
+    assert Silence(threshold=-10.0)(half, Prompts(("",))).tolist() == [-1.0]
+    assert Silence()(torch.ones(1, 7), Prompts(("",))).tolist() == [0.0], "shorter than a frame"
+    checked = CheckedReward(as_reward(Silence()), "silence")
     at_4k = checked(half[:, ::4], Prompts(("",), sample_rate=4000))
     assert abs(float(at_4k) + 0.5) <= 0.04
     with pytest.raises(InputError, match="do not say at which rate"):
@@ -183,7 +183,7 @@ def test_pictures_are_no_sound():
     for reward in (Loudness(), Silence()):
         assert isinstance(reward, SoundReward)
         with pytest.raises(InputError, match="judges sounds"):
-            reward(torch.zeros(1, 3, 8, 8), Prompts(""))
+            reward(torch.zeros(1, 3, 8, 8), Prompts(("",)))
 
 
 def test_a_reward_hears_its_own_rate_and_its_gradient_arrives():
@@ -217,9 +217,9 @@ def test_a_class_of_sound_that_says_no_rate_is_refused():
     with pytest.raises(InputError, match="does not say at which rate"):
         as_reward(Mute())
     with pytest.raises(InputError, match=r"loudness judges sound, and this pipeline makes pictures\. Choose another"):
-        check_modality(Loudness(), "loudness", "image")
+        check_modality(as_reward(Loudness()), "loudness", "image")
     with pytest.raises(InputError, match=r"jpeg judges pictures, and this pipeline makes sound"):
-        check_modality(JPEGCompressibility(), "jpeg", "audio")
+        check_modality(as_reward(JPEGCompressibility()), "jpeg", "audio")
     with pytest.raises(InputError, match=r"Declare it: @diffalign\.reward"):
         check_modality(as_reward(lambda media, prompts: media.mean(1)), "mine", "audio")
 
@@ -233,7 +233,7 @@ def test_transcripts_are_sliced_joined_and_keyed():
     assert len(set(prompts.keys)) == 3
     assert prompts.spoken == ("one", "two", "one")
     assert Prompts(("a", "b")).spoken == ("a", "b")
-    assert Prompts("a", transcript="one").transcript == ("one",)
+    assert Prompts(("a",), transcript=("one",)).transcript == ("one",)
     with pytest.raises(ValueError, match="2 texts and 1 transcripts"):
         Prompts(("a", "b"), transcript=("one",))
     assert everyones_prompts(prompts, ALONE, 3, torch.device("cpu")) is prompts

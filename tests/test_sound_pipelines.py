@@ -203,11 +203,11 @@ def test_what_cannot_be_said(said: str, why: str | None):
 def test_a_prompt_that_is_too_long_is_named():
     for pipe in (audioldm2(), longcat_audio()):
         policy = policy_of(pipe, max_sequence_length=12)
-        policy.encode(Prompts("a red fox"))
+        policy.encode(Prompts(("a red fox",)))
         with pytest.raises(
             InputError, match=r"'a very long prompt of sound' has \d+ tokens, and 12 are kept of each: --max-sequence-length"
         ):
-            policy.encode(Prompts("a very long prompt of sound"))
+            policy.encode(Prompts(("a very long prompt of sound",)))
 
 
 def test_dropped_text_is_the_unconditional_branch(make: Any):

@@ -19,7 +19,7 @@ from diffalign.sound import read_wav, rounded, write_wav
 
 FLOWS = ("flow-grpo", "flow-grpo-fast", "dance-grpo")
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
-FEW = ["--steps", 2, "--batch-size", 2, "--sample-steps", 3, "--eval-size", 2, "--guidance-scale", 2, "--lora.rank", 2]
+FEW = ["--steps", 2, "--batch-size", 2, "--accumulate", 1, "--sample-steps", 3, "--eval-size", 2, "--guidance-scale", 2, "--lora.rank", 2]
 
 
 def methods_on_twins() -> list[tuple[str, str]]:
