@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from diffalign.api import align, load
     from diffalign.contract import reward
+    from diffalign.data import SpokenPrompt
     from diffalign.errors import InputError
     from diffalign.models import make_policy
     from diffalign.pairs import make_pairs
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "InputError",
     "Run",
+    "SpokenPrompt",
     "align",
     "ddim",
     "flow_sde",
@@ -39,6 +41,7 @@ check_links()
 _HOMES = {
     "InputError": "errors",
     "Run": "run",
+    "SpokenPrompt": "data",
     "align": "api",
     "ddim": "sampling",
     "flow_sde": "sampling",

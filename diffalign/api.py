@@ -14,15 +14,16 @@ from diffalign import registry, tiny
 from diffalign.config import Plan, resolve
 from diffalign.console import say
 from diffalign.contract import CheckedReward
-from diffalign.data import check_prompts, read_prompts
+from diffalign.data import SpokenPrompt, check_fit, check_prompts, read_prompts
 from diffalign.errors import InputError
-from diffalign.inputs import check_reward, eval_rewards, given_prompts, named_rewards, open_data, prompt_lists
+from diffalign.inputs import check_media, check_reward, eval_rewards, given_prompts, named_rewards, open_data, prompt_lists
 from diffalign.media import read_image
-from diffalign.models import adapter_of, class_of, make_policy, prepare_to_train
+from diffalign.models import class_of, make_policy, modality_of, prepare_to_train
 from diffalign.preflight import Finding, preflight
 from diffalign.run import Run
 from diffalign.session import evaluate_into, start
 from diffalign.settings import LIVE
+from diffalign.sound import CLIPPED, read_wav
 from diffalign.types import Prompts
 
 
@@ -31,8 +32,8 @@ def align(
     *,
     method: str = "draft",
     reward: Any = None,
-    prompts: str | Path | Sequence[str | tuple[str, *tuple[str | Path, ...]]] | None = None,
-    eval_prompts: str | Path | Sequence[str | tuple[str, *tuple[str | Path, ...]]] | None = None,
+    prompts: str | Path | Sequence[str | SpokenPrompt | tuple[str, *tuple[str | Path, ...]]] | None = None,
+    eval_prompts: str | Path | Sequence[str | SpokenPrompt | tuple[str, *tuple[str | Path, ...]]] | None = None,
     output: str | Path | None = None,
     **given: Any,
 ) -> Run:
@@ -40,9 +41,9 @@ def align(
 
     `pipe` is a live diffusers pipeline (trained in place), a Hub id, a folder, or 'shapes'. `reward` is a name, or a callable
     `(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`. `prompts` is a list, or what `--prompts` takes; of an
-    editing pipeline a list of `(instruction, picture file)`, for inpainting of `(text, picture file, mask file)`. Everything else is a
-    setting (`steps=`, `learning_rate=`, `lora={"rank": 8}`, ...) or a field of the method (`k=`, `inference_steps=`, ...), as in
-    config.yaml.
+    editing pipeline a list of `(instruction, picture file)`, for inpainting of `(text, picture file, mask file)`, for speech of
+    `SpokenPrompt(text, transcript)`. Everything else is a setting (`steps=`, `learning_rate=`, `lora={"rank": 8}`, ...) or a field of the
+    method (`k=`, `inference_steps=`, ...), as in config.yaml.
 
     Raises InputError for anything that cannot work, where possible before a model is loaded.
     """
@@ -82,7 +83,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluate a finished run on held-out prompts, by default as its training did at its end; write what was found, and return it."""
     plan = run.plan
-    checked = named_rewards(rewards, dry=plan.settings.tiny) if rewards else _own_rewards(run)
+    made = None if run.live is not None or plan.settings.pipeline == LIVE else modality_of(class_of(plan.settings))
+    checked = named_rewards(rewards, dry=plan.settings.tiny, made=made) if rewards else _own_rewards(run)
     if not checked:
         raise InputError(f"{run.path} was trained on a reward given as a Python object: name others with --reward NAME.")
     texts = read_prompts(prompts, "heldout") if prompts else run.read_prompts("heldout")
@@ -98,6 +100,7 @@ def evaluate_run(
     before: dict[str, Any] = {}
     with suppress(InputError):
         before = run.evaluation
+    check_fit(texts[:limit], run.policy)
     results = evaluate_into(plan, run.policy, checked, texts[:limit], seed, target, target.with_suffix(".png"), pairs=before.get("pairs"))
     say(f"Written: {target} and {target.with_suffix('.png')}")
     return results
@@ -117,14 +120,23 @@ def score_files(
     prompt: str | None = None,
     source: Path | None = None,
     fields: Mapping[str, Any] | None = None,
+    transcript: str | None = None,
 ) -> Iterator[tuple[Path, float]]:
-    """`(file, score)` of each picture; the pictures may differ in size. `source` is what was edited, for a reward of edits.
+    """`(file, score)` of each picture, or of each .wav file for a reward of sound; they may differ in size, length and sample rate.
 
-    `fields` are the reward's.
+    `source` is what was edited, for a reward of edits; `transcript` what is said in all the sounds. `fields` are the reward's. Raises
+    InputError for files that cannot be used, before the first is scored.
     """
     (checked,) = named_rewards([reward], fields)
-    if prompt is None:
+    if prompt is None and transcript is None:
         say("No --prompt: scored as if the prompt were empty.")
+    if checked.modality == "audio":
+        if source is not None:
+            raise InputError(f"--image: {reward} judges sound. Drop it.")
+        yield from _score_sounds(checked, files, prompt, transcript)
+        return
+    if transcript is not None:
+        raise InputError(f"--transcript: {reward} judges pictures. Drop it.")
     pictures = [read_image(file) for file in files]
     before = None if source is None else read_image(source)[None]
     for file, picture in zip(files, pictures, strict=True):
@@ -132,9 +144,23 @@ def score_files(
             yield file, float(checked(picture[None], Prompts((prompt or "",), before)))
 
 
+def _score_sounds(reward: CheckedReward, files: Sequence[Path], prompt: str | None, transcript: str | None) -> Iterator[tuple[Path, float]]:
+    sounds = [read_wav(file) for file in files]
+    wanted = reward.sample_rate
+    others = sorted({sound.sample_rate for sound in sounds} - {wanted}) if wanted is not None else []
+    if others:
+        say(f"Resampled to the {wanted} Hz that {reward.name} hears: the files have {', '.join(map(str, others))} Hz.")
+    for file, sound in zip(files, sounds, strict=True):
+        if sound.clipped > CLIPPED:
+            say(f"{file} is clipped: {sound.clipped:.1%} of its samples are at full scale. What was above is lost, and not scored.")
+        said = None if transcript is None else (transcript,)
+        with torch.no_grad():
+            yield file, float(reward(sound.waveform[None], Prompts((prompt or "",), transcript=said, sample_rate=sound.sample_rate)))
+
+
 def check(plan: Plan) -> Iterator[Finding]:
     """The preflight of a plan: see `diffalign.preflight`."""
-    adapter_of(class_of(plan.settings))
+    check_media(plan, modality_of(class_of(plan.settings)))
     if plan.settings.tiny:
         yield Finding("tiny", None, tiny.in_words(plan.settings))
     given = given_prompts(plan.settings)
@@ -143,5 +169,6 @@ def check(plan: Plan) -> Iterator[Finding]:
     policy = make_policy(plan.settings, train=False)
     data = open_data(plan, policy)
     prompts, _ = prompt_lists(plan.settings, *given, data)
+    check_fit(prompts, policy)
     check_reward(plan, policy, prompts)
     yield from preflight(plan, prepare_to_train(policy, plan.settings), prompts, data[0] if data else None)

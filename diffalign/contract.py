@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import InputError
-from diffalign.types import LearnedReward, Modality, Policy, Prompts, Reward
+from diffalign.sound import resample
+from diffalign.types import LearnedReward, Modality, Policy, Prompts, Reward, SoundReward
 
 
 @dataclass(frozen=True)
@@ -22,19 +23,24 @@ class FunctionReward:
     function: Callable[[Tensor, Prompts], Any]
     differentiable: bool = False
     modality: Modality = "image"
+    sample_rate: int | None = None
 
     def __call__(self, media: Tensor, prompts: Prompts) -> Tensor:
         return self.function(media, prompts)
 
 
-def reward(*, differentiable: bool, modality: Modality = "image") -> Callable[[Callable[..., Any]], FunctionReward]:
-    """Decorate `f(images, prompts) -> (B,)` to say whether gradients flow from its scores to its images.
+def reward(
+    *, differentiable: bool, modality: Modality = "image", sample_rate: int | None = None
+) -> Callable[[Callable[..., Any]], FunctionReward]:
+    """Decorate `f(media, prompts) -> (B,)` to say whether gradients flow from its scores to its media.
 
-    `images` is float (B, 3, H, W) in [0, 1]; `prompts.text` holds the B prompts; higher scores are better.
+    Images are float (B, 3, H, W) in [0, 1]. Of modality "audio" the media are float (B, samples) in [-1, 1], resampled to `sample_rate`
+    (Hz); without one they are as the model makes them, at `prompts.sample_rate`. `prompts.text` holds the B prompts, `prompts.spoken` what
+    is to be said; higher scores are better.
     """
 
     def declare(function: Callable[..., Any]) -> FunctionReward:
-        return FunctionReward(function, differentiable, modality)
+        return FunctionReward(function, differentiable, modality, sample_rate)
 
     return declare
 
@@ -42,6 +48,11 @@ def reward(*, differentiable: bool, modality: Modality = "image") -> Callable[[C
 def as_reward(thing: Any) -> Reward:
     """A reward object as it is; a bare callable as a reward without gradient."""
     if isinstance(thing, Reward) and not isinstance(thing, type):
+        if thing.modality == "audio" and not isinstance(thing, SoundReward):
+            raise InputError(
+                f"{type(thing).__name__} judges sound, and does not say at which rate: give its class sample_rate = 16000 (Hz "
+                "that it wants), or None where any will do."
+            )
         return thing
     if callable(thing) and not isinstance(thing, type):
         return FunctionReward(thing)
@@ -53,9 +64,34 @@ def short_name(name: str) -> str:
     return name.rpartition(":")[2]
 
 
+def check_modality(reward: Reward, name: str, made: Modality) -> None:
+    """Raise InputError where a reward judges other media than are made."""
+    if reward.modality != made:
+        what = {"image": "pictures", "audio": "sound"}
+        plain = isinstance(reward, FunctionReward) and made == "audio"
+        mend = ' Declare it: @diffalign.reward(differentiable=..., modality="audio", sample_rate=16000).' if plain else ""
+        others = "" if plain else " Choose another: diffalign list rewards."
+        raise InputError(f"{name} judges {what[reward.modality]}, and this pipeline makes {what[made]}.{mend}{others}")
+
+
+def as_heard(reward: Reward, media: Tensor, prompts: Prompts) -> tuple[Tensor, Prompts]:
+    """Sounds (B, samples), and their prompts, at the rate that the reward wants, differentiable; pictures as they are.
+
+    Raises InputError where nobody says which rate they have.
+    """
+    wanted = reward.sample_rate if isinstance(reward, SoundReward) and reward.modality == "audio" else None
+    if wanted is None or wanted == prompts.sample_rate:
+        return media, prompts
+    if prompts.sample_rate is None:
+        raise InputError(f"These sounds are to be heard at {wanted} Hz, and their prompts do not say at which rate they are (sample_rate).")
+    return resample(media, prompts.sample_rate, wanted), replace(prompts, sample_rate=wanted)
+
+
 @dataclass
 class CheckedReward:
     """A reward whose every answer is checked and counted. Same call; `queries` is the number of media it has scored.
+
+    Sounds are brought to the rate that it wants.
 
     `tiny`: where it has weights, it is opened as its twin with tiny random ones. Raises InputError where the reward fails, or its
     answer is no finite float tensor of shape (B,).
@@ -74,6 +110,11 @@ class CheckedReward:
     def modality(self) -> Modality:
         return self.reward.modality
 
+    @property
+    def sample_rate(self) -> int | None:
+        """Of the sounds that it wants, Hz; None where any will do, and of pictures."""
+        return self.reward.sample_rate if isinstance(self.reward, SoundReward) else None
+
     def open(self) -> None:
         """Load the weights of a reward that has some; raises InputError for what is wrong with them, before anything expensive is done."""
         reward = self.reward
@@ -89,8 +130,9 @@ class CheckedReward:
     def __call__(self, media: Tensor, prompts: Prompts) -> Tensor:
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             try:
+                heard, asked = as_heard(self.reward, media if self.differentiable else media.detach(), prompts)
                 # a copy: a reward that writes in place must not change what the next one sees
-                scores: Any = self.reward((media if self.differentiable else media.detach()).clone(), prompts)
+                scores: Any = self.reward(heard.clone(), asked)
             except InputError:
                 raise
             except (Exception, SystemExit) as error:
@@ -111,9 +153,9 @@ class CheckedReward:
 
 
 def check_gradient(reward: Reward, name: str, policy: Policy, prompts: Prompts) -> None:
-    """Hold a reward that says it is differentiable to its word, on pictures decoded from noise.
+    """Hold a reward that says it is differentiable to its word, on media decoded from noise.
 
-    Raises InputError where no gradient arrives at the pictures, or only zeros.
+    Raises InputError where no gradient arrives at the media, or only zeros.
     """
     with torch.no_grad():
         media = policy.decode(policy.prior(policy.encode(prompts), torch.Generator().manual_seed(0)))

@@ -1,4 +1,4 @@
-"""Prompts, some of them about a picture: where they come from, and the order in which a run sees them."""
+"""Prompts, some of them about a picture or with a transcript: where they come from, and the order in which a run sees them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from diffalign.cache import digest
 from diffalign.errors import InputError
 from diffalign.media import data_uri, decode_image, fit, from_data_uri
 from diffalign.registry import MODELS, PROMPTS
-from diffalign.types import PictureField, PicturePolicy, Policy, Prompts
+from diffalign.types import PicturePolicy, Policy, PromptField, Prompts, SoundPolicy
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,26 @@ def _opened(file: Path | bytes, text: str, what: str) -> Image.Image:
     return decode_image(data, str(file))
 
 
-Prompt = str | PicturePrompt
+@dataclass(frozen=True)
+class SpokenPrompt:
+    """What is to be said, and how, which may be empty."""
+
+    text: str
+    transcript: str
+
+
+Prompt = str | PicturePrompt | SpokenPrompt
 
 
 def text_of(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else prompt.text
+
+
+def caption_of(prompt: Prompt) -> str:
+    """The prompt as people read it: with what is to be said."""
+    if not isinstance(prompt, SpokenPrompt):
+        return text_of(prompt)
+    return f'{prompt.text}: "{prompt.transcript}"' if prompt.text else f'"{prompt.transcript}"'
 
 
 def batch_of(prompts: Sequence[Prompt], policy: Policy | None = None) -> Prompts:
@@ -65,10 +80,10 @@ def batch_of(prompts: Sequence[Prompt], policy: Policy | None = None) -> Prompts
 
     Raises InputError as `check_pictures` does, and for a picture that is missing or damaged.
     """
-    pictures = check_pictures(prompts, policy)
+    pictures, said = check_pictures(prompts, policy), check_transcripts(prompts, policy)
     texts = tuple(map(text_of, prompts))
     if not pictures or not isinstance(policy, PicturePolicy):
-        return Prompts(texts)
+        return Prompts(texts, transcript=tuple(said) or None, sample_rate=rate_of(policy))
     opened, size = [prompt.open_both() for prompt in pictures], (policy.height, policy.width)
     images = torch.stack([fit(picture, *size) for picture, _ in opened])
     # scaled and cut as its picture is, then 1 where it is more white than black
@@ -76,9 +91,44 @@ def batch_of(prompts: Sequence[Prompt], policy: Policy | None = None) -> Prompts
     return Prompts(texts, images, torch.stack(masks) if masks else None)
 
 
-def takes(policy: Policy | None) -> tuple[PictureField, ...]:
-    """Which pictures the policy's prompts come with."""
-    return policy.takes if isinstance(policy, PicturePolicy) else ()
+def takes(policy: Policy | None) -> tuple[PromptField, ...]:
+    """Which pictures the policy's prompts come with, or that they have transcripts."""
+    return policy.takes if isinstance(policy, PicturePolicy | SoundPolicy) else ()
+
+
+def rate_of(policy: Policy | None) -> int | None:
+    """The sample rate of a policy's sounds, Hz; None where it makes pictures."""
+    return policy.sample_rate if isinstance(policy, SoundPolicy) and policy.modality == "audio" else None
+
+
+def check_fit(prompts: Sequence[Prompt], policy: Policy) -> None:
+    """Raise InputError for prompts that lack what the policy takes, bring what it does not take, or that it cannot say."""
+    check_pictures(prompts, policy)
+    check_transcripts(prompts, policy)
+    if isinstance(policy, SoundPolicy):
+        for prompt in prompts:
+            why = policy.unspeakable(prompt.transcript) if isinstance(prompt, SpokenPrompt) else None
+            if why is not None:
+                raise InputError(f"The transcript of the prompt {caption_of(prompt)} cannot be said: {why}. Write it otherwise.")
+
+
+def check_transcripts(prompts: Sequence[Prompt], policy: Policy | None) -> list[str]:
+    """The transcripts: of all prompts where the policy says some, else none; raises InputError where it is otherwise."""
+    spoken = [prompt for prompt in prompts if isinstance(prompt, SpokenPrompt)]
+    if policy is None:
+        return []
+    if "transcript" not in takes(policy):
+        if spoken:
+            own = " It says the text itself: make that the prompt." if policy.modality == "audio" and not spoken[0].text else ""
+            raise InputError(f"This pipeline takes no transcript, and the prompt {caption_of(spoken[0])} comes with one. Drop it.{own}")
+        return []
+    lacking = [prompt for prompt in prompts if not isinstance(prompt, SpokenPrompt)]
+    if lacking:
+        raise InputError(
+            f"This pipeline says transcripts, and the prompt '{text_of(lacking[0])}' has none. Give a .jsonl file of lines such as "
+            '{"prompt": "a calm voice", "transcript": "seven"}; to diffalign sample, --transcript TEXT.'
+        )
+    return [prompt.transcript for prompt in spoken]
 
 
 def check_pictures(prompts: Sequence[Prompt], policy: Policy | None) -> list[PicturePrompt]:
@@ -88,12 +138,12 @@ def check_pictures(prompts: Sequence[Prompt], policy: Policy | None) -> list[Pic
     """
     wanted = takes(policy)
     pictures = [prompt for prompt in prompts if isinstance(prompt, PicturePrompt)]
-    lacking: list[Prompt] = [prompt for prompt in prompts if isinstance(prompt, str)]
+    lacking: list[Prompt] = [prompt for prompt in prompts if not isinstance(prompt, PicturePrompt)]
     if "mask" in wanted:
         lacking += [prompt for prompt in pictures if prompt.mask is None]
-    if wanted and lacking:
+    if "image" in wanted and lacking:
         what = "edits pictures" if wanted == ("image",) else "fills masked pictures"
-        none = "none" if isinstance(lacking[0], str) else "no mask"
+        none = "no mask" if isinstance(lacking[0], PicturePrompt) else "none"
         example = ", ".join(['"prompt": "make it red"', '"image": "picture.png"', '"mask": "mask.png"'][: 1 + len(wanted)])
         flags = " ".join(f"--{name} FILE" for name in wanted)
         raise InputError(
@@ -109,8 +159,9 @@ def check_pictures(prompts: Sequence[Prompt], policy: Policy | None) -> list[Pic
 
 
 def read_prompts(source: str, part: str = "train") -> list[Prompt]:
-    """Prompts from a file (.txt: one a line; .jsonl: the keys 'prompt' and, where the pipeline takes them, 'image' and 'mask'; .json: a
-    list of texts or of such objects), the name of a list or of an embedded model, or `hf:user/dataset/path/in/it.txt`.
+    """Prompts from a file (.txt: one a line; .jsonl: the keys 'prompt' and, where the pipeline takes them, 'image' and 'mask', or
+    'transcript', beside which the prompt may be missing; .json: a list of texts or of such objects), the name of a list or of an embedded
+    model, or `hf:user/dataset/path/in/it.txt`.
 
     A pipe is read like a .txt file, once. An image or a mask is a path in the file's folder, or a data: URI. `part` ('train' or 'heldout')
     picks the list of an embedded model. Raises InputError for a file that is missing, empty or no text, and for pictures that are missing
@@ -169,6 +220,8 @@ def write_file(path: Path, prompts: Sequence[Prompt]) -> None:
 def _to_json(prompt: Prompt) -> dict[str, str]:
     if isinstance(prompt, str):
         return {"prompt": prompt}
+    if isinstance(prompt, SpokenPrompt):
+        return {"prompt": prompt.text, "transcript": prompt.transcript}
     files = {"image": prompt.picture} | ({} if prompt.mask is None else {"mask": prompt.mask})
     named = {name: str(file.absolute()) if isinstance(file, Path) else data_uri(file) for name, file in files.items()}
     return {"prompt": prompt.text, **named}
@@ -178,14 +231,21 @@ def _of_json(line: str, path: Path, number: int, root: Path | None) -> Prompt:
     where = f"{path}, {'entry' if path.suffix == '.json' else 'line'} {number}"
     try:
         values = json.loads(line)
-        prompt = values["prompt"]
-    except (ValueError, KeyError, TypeError) as error:
+        prompt = values["prompt"] if values.get("transcript") is None else values.get("prompt") or ""
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f'{where}: expected an object with the key "prompt", such as {{"prompt": "a dog"}}.') from error
-    if not isinstance(prompt, str) or not prompt.strip():
+    said = values.get("transcript")
+    if not isinstance(prompt, str) or not (prompt.strip() or said is not None):
         raise InputError(f"{where}: the prompt is no text, or empty.")
+    if said is not None and (not isinstance(said, str) or not said.strip()):
+        raise InputError(f"{where}: the transcript is no text, or empty.")
     image, mask = (None if values.get(key) is None else _picture(values[key], key, where, root) for key in ("image", "mask"))
     if image is None and mask is not None:
         raise InputError(f"{where}: there is a mask, and no image that it is of.")
+    if said is not None:
+        if image is not None:
+            raise InputError(f"{where}: there is an image and a transcript, and no pipeline takes both.")
+        return SpokenPrompt(prompt.strip(), said.strip())
     return prompt.strip() if image is None else PicturePrompt(prompt.strip(), image, mask)
 
 
@@ -219,20 +279,26 @@ def _download(name: str) -> Path:
 
 
 def check_prompts(prompts: Sequence[Any]) -> list[Prompt]:
-    """The prompts of a Python caller, texts, `(text, picture file)` or `(text, picture file, mask file)`.
+    """The prompts of a Python caller, texts, `(text, picture file)`, `(text, picture file, mask file)` or `SpokenPrompt(text, transcript)`.
 
     Raises InputError where there are none, one is empty, or a file cannot be used.
     """
     pairs: list[Any] = [_of_tuple(prompt) if isinstance(prompt, tuple) else prompt for prompt in prompts]
-    if not pairs or any(not isinstance(p, Prompt) or not isinstance(text_of(p), str) or not text_of(p).strip() for p in pairs):
+    if not pairs or not all(map(_usable, pairs)):
         raise InputError(
             "prompts: give a non-empty list of non-empty strings; for an editing pipeline of (string, picture file), for inpainting of "
-            "(string, picture file, mask file)."
+            "(string, picture file, mask file), for speech of diffalign.SpokenPrompt(text, transcript)."
         )
     for prompt in pairs:
         if isinstance(prompt, PicturePrompt):
             prompt.open_both()
     return [prompt.strip() if isinstance(prompt, str) else replace(prompt, text=prompt.text.strip()) for prompt in pairs]
+
+
+def _usable(prompt: Any) -> bool:
+    if isinstance(prompt, SpokenPrompt):
+        return isinstance(prompt.text, str) and isinstance(prompt.transcript, str) and bool(prompt.transcript.strip())
+    return isinstance(prompt, Prompt) and isinstance(text_of(prompt), str) and bool(text_of(prompt).strip())
 
 
 def _of_tuple(prompt: tuple[Any, ...]) -> PicturePrompt | None:
@@ -274,7 +340,12 @@ class PromptList:
         return batch_of([self.prompts[i] for i in indices], self.policy)
 
     def contents(self) -> str:
-        return digest(*map(text_of, self.prompts))
+        return digest(*map(known_as, self.prompts))
+
+
+def known_as(prompt: Prompt) -> str:
+    """What tells prompts apart, but for their pictures."""
+    return f"{prompt.text}\0{prompt.transcript}" if isinstance(prompt, SpokenPrompt) else text_of(prompt)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.console import say, say_notes
-from diffalign.data import PicturePrompt, check_pictures, read_prompts, text_of
+from diffalign.data import PicturePrompt, check_fit, read_prompts, text_of
 from diffalign.errors import InputError
 from diffalign.evaluate import sample
 from diffalign.media import to_pil
@@ -31,7 +31,7 @@ def make_edits(settings: Settings, folder: Path, samples: int) -> Path:
         raise InputError(f"{folder} exists already: choose another --output, or remove it.")
     prompts = [prompt for prompt in read_prompts(settings.prompts) for _ in range(samples)]
     policy = make_policy(settings, train=False)
-    check_pictures(prompts, policy)
+    check_fit(prompts, policy)
     say_notes(policy)
     chosen: dict[str, Any] = {"steps": settings.sample_steps or 50, "batch_size": settings.batch_size}
     (folder / "images").mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Generator, Tensor
 
+from diffalign import sound
 from diffalign.contract import CheckedReward
-from diffalign.data import PicturePrompt, Prompt, Source, batch_of, text_of
+from diffalign.data import PicturePrompt, Prompt, Source, batch_of, caption_of, text_of
 from diffalign.media import fit, grid
 from diffalign.objectives.preference import denoising_margin, wins
 from diffalign.sampling import ddim, noisy, paired_errors, rollout, transition
@@ -22,7 +23,8 @@ from diffalign.types import Condition, Policy
 
 @torch.no_grad()
 def sample(policy: Policy, prompts: Sequence[Prompt], *, steps: int, seed: int, batch_size: int, suffix: str = "") -> Tensor:
-    """Media of the prompts, deterministic given `seed`: (B, 3, H, W) in [0, 1], on the CPU. `suffix` is added to every prompt.
+    """Media of the prompts, deterministic given `seed`: images (B, 3, H, W) in [0, 1] or sounds (B, samples) in [-1, 1], on the CPU.
+    `suffix` is added to every prompt.
 
     All the noise is drawn first, so that it does not depend on the batch size.
     """
@@ -84,9 +86,12 @@ def evaluate(
     return {"prompts": len(prompts), "denoising_steps": steps, "seed": seed, "rewards": table}, before, after
 
 
-def sheet(rows: Sequence[tuple[str, Tensor]], prompts: Sequence[Prompt]) -> Image.Image:
+def sheet(rows: Sequence[tuple[str, Tensor]], prompts: Sequence[Prompt], sample_rate: int | None = None) -> Image.Image:
     """Rows of pictures under their prompts, as `media.grid` has them; above them the pictures that were edited, where there are some,
-    grey where they were masked."""
+    grey where they were masked. Of sounds, (B, samples) at `sample_rate`, the mel spectrograms."""
+    if sample_rate is not None:
+        pictures = [(name, torch.stack([sound.picture(waveform, sample_rate) for waveform in heard])) for name, heard in rows]
+        return grid(pictures, list(map(caption_of, prompts)))
     height, width = rows[0][1].shape[-2:]
     sources = [_source(prompt, height, width) for prompt in prompts if isinstance(prompt, PicturePrompt)]
     before = [("source", torch.stack(sources))] if sources else []

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffalign import layouts, records
 from diffalign.cache import cache_root, digest
 from diffalign.contract import CheckedReward
-from diffalign.data import PicturePrompt, Prompt, batch_of, check_pictures, hold_out, text_of
+from diffalign.data import PicturePrompt, Prompt, SpokenPrompt, batch_of, caption_of, check_fit, hold_out
 from diffalign.errors import InputError
 from diffalign.intake import Intake, Reel, Shelving, contents, decoded, device_of
 from diffalign.layouts import Row
@@ -67,7 +67,7 @@ class ExampleSet:
         )
 
     def contents(self) -> str:
-        return digest(*(f"{text_of(e.prompt)}\0{Path(e.x_0).name}\0{Path(e.rejected or '').name}\0{e.desirable}" for e in self.examples))
+        return digest(*(f"{caption_of(e.prompt)}\0{Path(e.x_0).name}\0{Path(e.rejected or '').name}\0{e.desirable}" for e in self.examples))
 
     def _rows(self, keys: Sequence[str]) -> Tensor:
         return self.rows(keys).to(device_of(self.policy))
@@ -104,7 +104,7 @@ def read(
     ten the held-out examples are the training ones. Raises InputError for what is wrong with the data; see `diffalign.layouts`.
     """
     if not isinstance(policy, Shelving):
-        raise InputError(f"{type(policy).__name__} cannot embed data: its adapter lacks height, width or shelve. See docs/design.md.")
+        raise InputError(f"{type(policy).__name__} cannot embed data: its adapter lacks shelve. See docs/design.md.")
     tally = Tally(skip)
     stored = kind == "trajectories"
     intake = Reel(policy, tally) if stored else Intake(policy, policy.shelve(cache_root()), reward, tally, say)
@@ -136,7 +136,7 @@ def _agreeing(found: list[Example], tally: Tally, say: Callable[[str], None]) ->
     for example in found:
         liked = example.desirable
         if liked is not None and labels.setdefault((example.prompt, example.x_0), liked) != liked:
-            what = f"a picture of '{text_of(example.prompt)}' is labelled true in one row, and false in another."
+            what = f"an answer to '{caption_of(example.prompt)}' is labelled true in one row, and false in another."
             tally.note(Fault("rows whose labels contradict", f"The labels contradict: {what}"))
             continue
         kept.append(example)
@@ -155,15 +155,15 @@ def _examples(source: str, kind: Data, intake: Intake | Reel, tally: Tally) -> I
         for i, example in KINDS[kind](row, [found.key if found else None for found in media], tally):
             found = media[i]
             _check_subject(example.prompt, intake.policy, source)
-            if found is not None and found.pixels is not None:
-                intake.score(example.prompt, found.pixels)
+            if found is not None and found.content is not None:
+                intake.score(example.prompt, found.content)
             yield example
 
 
 def _check_subject(prompt: Prompt, policy: Policy, source: str) -> None:
     """Raise InputError where the data comes without the pictures that the policy works on, or with some for one that takes none."""
     try:
-        check_pictures([prompt], policy)
+        check_fit([prompt], policy)
     except InputError as error:
         raise InputError(
             f"{source}: {error} In pairs.jsonl and ranks.jsonl these keys stand beside those of the pictures compared."
@@ -204,9 +204,10 @@ def _labels(row: Row, keys: Sequence[str | None], tally: Tally) -> Iterator[tupl
 
 
 def _pictures(row: Row, keys: Sequence[str | None], tally: Tally) -> Iterator[tuple[int, Example]]:
+    asked = _asked(row, tally)
     for i, key in enumerate(keys):
-        if key is not None:
-            yield i, Example(row.prompt, key, score=row.scores[i] if row.scores else None)
+        if key is not None and asked is not None:
+            yield i, Example(asked, key, score=row.scores[i] if row.scores else None)
 
 
 def _edits(row: Row, keys: Sequence[str | None], tally: Tally) -> Iterator[tuple[int, Example]]:
@@ -221,6 +222,8 @@ def _asked(row: Row, tally: Tally) -> Prompt | None:
 
     These pictures are read again with each batch: here it is seen that they can be.
     """
+    if row.transcript is not None and row.source is None:
+        return SpokenPrompt(row.prompt, row.transcript)
     if row.source is None:
         return row.prompt
     try:

@@ -9,12 +9,13 @@ from typing import Any
 from diffalign import examples, registry, tiny
 from diffalign.config import Plan
 from diffalign.console import say
-from diffalign.contract import CheckedReward, as_reward, check_gradient, short_name
+from diffalign.contract import CheckedReward, as_reward, check_gradient, check_modality, short_name
 from diffalign.data import Prompt, batch_of, hold_out, read_prompts, takes
 from diffalign.errors import InputError
 from diffalign.examples import ExampleSet
 from diffalign.models import adapter_of, class_of
 from diffalign.settings import Settings
+from diffalign.types import Modality
 
 Data = tuple[ExampleSet, ExampleSet] | None  # training and held-out examples
 
@@ -36,7 +37,9 @@ def open_data(plan: Plan, policy: Any, accelerator: Any = None) -> Data:
         skip, needs = settings.bad_pictures == "skip", plan.method.needs
         reward = plan.reward if needs.reward and needs.data_role == "only" else None  # where the method wants the data scored
         limit, seed = settings.data_limit, settings.seed
-        with tiny.data(kind, takes(policy)) if tiny.made(settings, settings.data) else nullcontext(settings.data) as source:
+        with (
+            tiny.data(kind, takes(policy), policy.modality) if tiny.made(settings, settings.data) else nullcontext(settings.data) as source
+        ):
             return examples.read(source, kind, policy, reward=reward, limit=limit, skip=skip, seed=seed, say=say)
 
     if accelerator is None:
@@ -82,6 +85,21 @@ def prompt_lists(
     return prompts, held
 
 
+def check_media(plan: Plan, made: Modality | None) -> None:
+    """Raise InputError where the plan's method or one of its rewards is for other media than the pipeline makes; nothing is loaded.
+
+    None: nobody knows yet what that is.
+    """
+    if made is None:
+        return
+    wanted = plan.method.needs.modality
+    if wanted not in (None, made):
+        raise InputError(f"{plan.method_name} is for {wanted}, and this pipeline makes {made}.")
+    rewards = [plan.reward] if plan.reward is not None else []
+    for reward in (*rewards, *_made(plan.settings.eval_rewards or [])):
+        check_modality(reward.reward, reward.name, made)
+
+
 def eval_rewards(plan: Plan) -> list[CheckedReward]:
     """The rewards of the plan's evaluation, opened: the one that is trained on, and the others that are named."""
     if plan.reward is None:
@@ -91,22 +109,33 @@ def eval_rewards(plan: Plan) -> list[CheckedReward]:
     return [CheckedReward(plan.reward.reward, plan.reward.name), *named_rewards(others, dry=plan.settings.tiny)]
 
 
-def named_rewards(names: Sequence[str], fields: Mapping[str, Any] | None = None, *, dry: bool = False) -> list[CheckedReward]:
-    """The rewards of these names, opened; `dry`: as their tiny twins. `fields` are for all of them; without, they have their defaults."""
-    found = [(name, *registry.find("rewards", name)) for name in dict.fromkeys(names)]
-    rewards = [
-        CheckedReward(as_reward(thing(**{**preset, **(fields or {})}) if isinstance(thing, type) else thing), short_name(name), tiny=dry)
-        for name, thing, preset in found
-    ]
+def named_rewards(
+    names: Sequence[str], fields: Mapping[str, Any] | None = None, *, dry: bool = False, made: Modality | None = None
+) -> list[CheckedReward]:
+    """The rewards of these names, opened; `dry`: as their tiny twins. `fields` are for all of them; without, they have their defaults.
+
+    Raises InputError where one judges other media than are `made`, before any is opened.
+    """
+    rewards = _made(names, fields, dry=dry)
+    if made is not None:
+        for reward in rewards:
+            check_modality(reward.reward, reward.name, made)
     for reward in rewards:
         reward.open()
     return rewards
 
 
+def _made(names: Sequence[str], fields: Mapping[str, Any] | None = None, *, dry: bool = False) -> list[CheckedReward]:
+    found = [(name, *registry.find("rewards", name)) for name in dict.fromkeys(names)]
+    return [
+        CheckedReward(as_reward(thing(**{**preset, **(fields or {})}) if isinstance(thing, type) else thing), short_name(name), tiny=dry)
+        for name, thing, preset in found
+    ]
+
+
 def check_reward(plan: Plan, policy: Any, prompts: list[Prompt]) -> None:
     if plan.reward is None:
         return
-    if plan.reward.modality != policy.modality:
-        raise InputError(f"{plan.reward_name} judges {plan.reward.modality}, and this pipeline makes {policy.modality}.")
+    check_modality(plan.reward.reward, plan.reward.name, policy.modality)
     if plan.method.needs.differentiable_reward:
         check_gradient(plan.reward.reward, plan.reward.name, policy, batch_of(prompts[:2], policy))

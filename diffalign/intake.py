@@ -1,4 +1,4 @@
-"""Media on their way into a training: pictures that are embedded once, and stored trajectories that are only looked at."""
+"""Media on their way into a training: pictures and sounds that are embedded once, and stored trajectories that are only looked at."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from diffalign import trajectories
+from diffalign import sound, trajectories
 from diffalign.cache import Shelf, digest
 from diffalign.contract import CheckedReward
-from diffalign.data import Prompt, batch_of
+from diffalign.data import Prompt, SpokenPrompt, batch_of, rate_of, takes
 from diffalign.errors import InputError
 from diffalign.layouts import Picture
 from diffalign.media import decode_image, fit
@@ -27,31 +27,28 @@ SAY_EVERY = 20.0  # seconds
 
 @runtime_checkable
 class Shelving(Policy, Protocol):
-    """A policy that data can be embedded with: pictures of its size, and a shelf that is named after what embeds them."""
+    """A policy that data can be embedded with: media of its size, and a shelf that is named after what embeds them."""
 
-    @property
-    def height(self) -> int: ...
-    @property
-    def width(self) -> int: ...
     def shelve(self, root: Path) -> Shelf: ...
 
 
 @dataclass(frozen=True)
 class Medium:
-    """A picture or a trajectory that was read: its key, and pixels (3, H, W) in the policy's size where a reward has to look at it."""
+    """A medium or a trajectory that was read: its key, and the picture (3, H, W) or sound (samples,) in the policy's size where a reward
+    has to look at it."""
 
     key: str
-    pixels: Tensor | None
+    content: Tensor | None
 
 
 @dataclass
 class Intake:
-    """Pictures on their way to the shelf: read, checked, embedded in batches of one size, each picture once.
+    """Pictures, or sounds, on their way to the shelf: read, checked, embedded in batches of one size, each once.
 
     The size of a batch is fixed, and the last one filled up: a row's last bits depend on it, and another run has another cache.
     """
 
-    policy: Shelving
+    policy: Any
     shelf: Shelf
     reward: CheckedReward | None
     tally: Tally
@@ -62,12 +59,16 @@ class Intake:
     scores: list[float] = field(default_factory=list[float])
     taken: None = None
     embedded: int = 0
+    clipped: int = 0
+    resampled: int = 0
+    cut: int = 0
     said: float = field(default_factory=time.monotonic)
 
     @property
     def batch(self) -> int:
-        """Pictures of one forward of the VAE: 4 of 512 x 512, and at most 64."""
-        return max(1, min(64, 2**20 // (self.policy.height * self.policy.width)))
+        """Media of one forward of the VAE: 4 pictures of 512 x 512, 6 sounds of 10 s at 16 kHz, and at most 64."""
+        size = self.policy.samples if rate_of(self.policy) else self.policy.height * self.policy.width
+        return max(1, min(64, 2**20 // size))
 
     def take(self, picture: Picture) -> Medium | None:
         """The picture by its key, embedded by the end of the intake; None where it cannot be used, and the tally lets that pass."""
@@ -75,20 +76,35 @@ class Intake:
             data = contents(picture)
             key = digest(data)
             new = key not in self.known and self.shelf.get(key) is None
-            pixels = fit(decoded(data, picture.name), self.policy.height, self.policy.width) if new or self.reward is not None else None
+            content = self._read(data, picture.name, new) if new or self.reward is not None else None
         except Fault as fault:
             self.tally.note(fault)
             return None
         self.known.add(key)
-        if new and pixels is not None:
-            self.waiting[key] = pixels
+        if new and content is not None:
+            self.waiting[key] = content
             if len(self.waiting) == self.batch:
                 self._embed()
-        return Medium(key, None if self.reward is None else pixels)
+        return Medium(key, None if self.reward is None else content)
 
-    def score(self, prompt: Prompt, pixels: Tensor) -> None:
-        """Line a picture up for the reward."""
-        self.unscored.append((prompt, pixels))
+    def _read(self, data: bytes, name: str, new: bool) -> Tensor:
+        """The picture (3, H, W) or the sound (samples,) in these bytes, in the policy's size; Fault where it cannot be used."""
+        rate = rate_of(self.policy)
+        if rate is None:
+            return fit(decoded(data, name), self.policy.height, self.policy.width)
+        try:
+            heard = sound.decode_wav(data, name)
+        except InputError as error:
+            raise Fault("sounds that cannot be read", str(error)) from error
+        waveform = heard.at(rate).waveform
+        self.clipped += new and heard.clipped > sound.CLIPPED
+        self.resampled += new and heard.sample_rate != rate
+        self.cut += new and len(waveform) > self.policy.samples
+        return sound.fit(waveform, self.policy.samples)
+
+    def score(self, prompt: Prompt, content: Tensor) -> None:
+        """Line a medium up for the reward."""
+        self.unscored.append((prompt, content))
         if len(self.unscored) == self.batch:
             self._score()
 
@@ -105,7 +121,15 @@ class Intake:
         return self.shelf.take(keys)
 
     def in_words(self) -> str:
-        return f", {self.embedded:,} pictures embedded anew"
+        rate = rate_of(self.policy)
+        if rate is None:
+            return f", {self.embedded:,} pictures embedded anew"
+        what = {
+            f"resampled to {rate} Hz": self.resampled,
+            f"cut to {self.policy.samples / rate:.3g} s": self.cut,
+            f"clipped (at full scale for more than {sound.CLIPPED:.1%})": self.clipped,
+        }
+        return "".join([f", {self.embedded:,} sounds embedded anew", *(f", {n:,} of them {how}" for how, n in what.items() if n)])
 
     @torch.no_grad()
     def _embed(self) -> None:
@@ -114,13 +138,13 @@ class Intake:
         rows = self.policy.embed(filled.to(device_of(self.policy))).float().cpu()
         for key, row in zip(keys, rows, strict=False):
             if not row.isfinite().all():
-                raise InputError("The model embeds a picture as NaN or infinity. Is its VAE one that needs another precision?")
+                raise InputError("The model embeds a medium as NaN or infinity. Is its VAE one that needs another precision?")
             self.shelf.put(key, row)
         self.waiting.clear()
         self.embedded += len(keys)
         if time.monotonic() - self.said > SAY_EVERY:
             self.said = time.monotonic()
-            self.say(f"Embedding the data: {self.embedded:,} pictures so far.")
+            self.say(f"Embedding the data: {self.embedded:,} so far.")
 
     @torch.no_grad()
     def _score(self) -> None:
@@ -150,7 +174,7 @@ class Reel:
             self.tally.note(fault)
             return None
 
-    def score(self, prompt: Prompt, pixels: Tensor) -> None:
+    def score(self, prompt: Prompt, content: Tensor) -> None:
         raise AssertionError("trajectories are not scored: people have judged them")
 
     def finish(self) -> list[float]:
@@ -182,7 +206,8 @@ class Reel:
         return path
 
     def _check_policy(self, stored: trajectories.Stored, path: Path) -> None:
-        condition = self.policy.encode(batch_of(["a picture"], self.policy))
+        spoken = "transcript" in takes(self.policy)
+        condition = self.policy.encode(batch_of([SpokenPrompt("a voice", "a")] if spoken else ["a picture"], self.policy))
         latent, its = self.policy.prior(condition, Generator().manual_seed(0)).shape[1:], stored.states.shape[1:]
         if its != latent:
             raise InputError(f"{path} holds latents of shape {tuple(its)}, and this model's are {tuple(latent)}: train the model it is of.")

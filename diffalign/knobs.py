@@ -88,6 +88,8 @@ def _channels_last(policy: Any, module: Any) -> None:
 
 def _attention(policy: Any, kind: str) -> None:
     network = policy.module
+    if "attn_processors" not in dir(network):
+        raise InputError(f"attention {kind}: a {type(network).__name__} has no other attention than torch's own. Use --attention sdpa.")
     before = {name: copy.copy(processor) for name, processor in network.attn_processors.items()}
     if kind == "xformers":
         try:

@@ -18,7 +18,7 @@ from diffalign.types import Data
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that is not read yet: a file, or the bytes of a row; `name` is what messages call it."""
+    """A picture, or a sound, that is not read yet: a file, or the bytes of a row; `name` is what messages call it."""
 
     name: str
     path: Path | None = None
@@ -30,7 +30,7 @@ class Row:
     """What a prompt got. `merits` order its pictures, higher is better, equal is a tie; of a single one, above 0 is liked.
 
     None: nothing is said of them. `scores` are a reward's or a person's, where the data has some. `source` is what was edited, or filled
-    where `mask` is white.
+    where `mask` is white. `transcript` is what sounds say, the prompt being how; of sounds `pictures` are those.
     """
 
     where: str
@@ -40,6 +40,7 @@ class Row:
     scores: tuple[float, ...] | None = None
     source: Picture | None = None
     mask: Picture | None = None
+    transcript: str | None = None
 
 
 SINGLE = "prompts with a single picture"
@@ -120,23 +121,29 @@ def _pair(record: Record) -> Row:
 
 
 def _ranked(record: Record) -> Row:
-    """`images` best first. Equal scores are a tie; without scores the order alone counts."""
-    names = _list(record, "images")
-    pictures = tuple(_picture(record, "images", value) for value in names)
+    """`images`, or `sounds`, best first. Equal scores are a tie; without scores the order alone counts."""
+    key = _present(record, "images", "sounds")
+    names = _list(record, key)
+    pictures = tuple(_picture(record, key, value) for value in names)
     if record.values.get("scores") is None:
         return Row(record.where, _prompt(record), pictures, tuple(-float(i) for i in range(len(pictures))), None, *_about(record))
     scores = _numbers(record, "scores", len(pictures))
     if any(after > before for before, after in itertools.pairwise(scores)):
-        raise _contradiction(record, "images stand best first, and scores do not fall")
+        raise _contradiction(record, f"{key} stand best first, and scores do not fall")
     return Row(record.where, _prompt(record), pictures, scores, scores, *_about(record))
 
 
-def _about(record: Record) -> list[Picture | None]:
-    """The picture and the mask that the prompt of a row is about, under the keys that prompt files have: each may be missing."""
+def _about(record: Record) -> tuple[Picture | None, Picture | None, str | None]:
+    """The picture and the mask that the prompt of a row is about, and its transcript, under the keys that prompt files have: each may be
+    missing."""
     picture, mask = (None if record.values.get(key) is None else _picture(record, key) for key in ("image", "mask"))
     if picture is None and mask is not None:
         raise InputError(f"{record.where}: there is a mask, and no image that it is of.")
-    return [picture, mask]
+    return picture, mask, _transcript(record)
+
+
+def _transcript(record: Record) -> str | None:
+    return None if record.values.get("transcript") is None else _text(record, "transcript")
 
 
 def _pick_a_pic(record: Record) -> Row:
@@ -229,12 +236,13 @@ def _labelled(record: Record) -> Row:
     label = record.values[_present(record, "label")]
     if not isinstance(label, bool | int | float) or label not in (0, 1, -1):
         raise InputError(f"{record.where}: the label is {label!r}: give true or false (or 1 and 0, or 1 and -1).")
-    return Row(record.where, _prompt(record), (_picture(record, "image"),), (float(label),), _scores(record, "score"))
+    medium = _picture(record, _present(record, "image", "audio"))
+    return Row(record.where, _prompt(record), (medium,), (float(label),), _scores(record, "score"), transcript=_transcript(record))
 
 
 def _captioned(record: Record) -> Row:
-    key = _present(record, "image", "file_name")
-    return Row(record.where, _prompt(record), (_picture(record, key),), None, _scores(record, "score"))
+    key = _present(record, "image", "audio", "file_name")
+    return Row(record.where, _prompt(record), (_picture(record, key),), None, _scores(record, "score"), transcript=_transcript(record))
 
 
 def _edited(record: Record) -> Row:
@@ -253,6 +261,8 @@ def _present(record: Record, *names: str) -> str:
 
 
 def _prompt(record: Record) -> str:
+    if record.values.get("transcript") is not None and not any(record.values.get(key) for key in ("prompt", "caption", "text")):
+        return ""
     return _text(record, _present(record, "prompt", "caption", "text"))
 
 
@@ -312,7 +322,7 @@ def _contradiction(record: Record, what: str) -> Fault:
 def _picture(record: Record, key: str, value: Any = None, *folders: str) -> Picture:
     """The picture of a row: bytes, or a path in the record's folder (or in one of `folders` in it, the first that has it)."""
     value = record.values[_present(record, key)] if value is None else value
-    if isinstance(value, dict):  # an Image column of the package datasets
+    if isinstance(value, dict):  # an Image or Audio column of the package datasets
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
         return Picture(f"{record.where} ({key})", data=value)
@@ -348,14 +358,15 @@ def _inside(record: Record, folder: Path, name: str) -> Path:
     return path
 
 
+_ASKED = "prompt|caption|transcript"
 _HPD = "image_path|file_path"
 _BETTER = (
-    Layout("pairs.jsonl", ("prompt|caption", "chosen", "rejected"), _each(_pair)),
+    Layout("pairs.jsonl", (_ASKED, "chosen", "rejected"), _each(_pair)),
     Layout("Pick-a-Pic", ("caption", "jpg_0", "jpg_1", "label_0", "label_1"), _each(_pick_a_pic)),
     Layout("ImageRewardDB", ("prompt_id", "prompt", "image_path|image", "rank|overall_rating"), _image_reward),
     Layout("HPDv2 train.json", ("prompt", _HPD, "human_preference"), _each(_preferred)),
     Layout("HPDv2 test.json or ImageReward", ("prompt", f"{_HPD}|generations", "rank|ranking"), _each(_by_rank)),
-    Layout("ranks.jsonl", ("prompt|caption", "images"), _each(_ranked)),
+    Layout("ranks.jsonl", (_ASKED, "images|sounds"), _each(_ranked)),
 )
 _SOURCE = "source|original_image|input_image|source_img|original_image_file_name|input_image_file_name"
 _INSTRUCTION = "instruction|edit_prompt|edit_instruction|edit"
@@ -363,8 +374,8 @@ _EDITED = "edited|edited_image|edited_img|target_img|edited_image_file_name"
 LAYOUTS: dict[Data, tuple[Layout, ...]] = {
     "pairs": _BETTER,
     "trajectories": tuple(layout for layout in _BETTER if layout.name in ("pairs.jsonl", "ranks.jsonl")),
-    "labels": (Layout("labels.jsonl", ("prompt|caption", "image", "label"), _each(_labelled)), *_BETTER),
-    "pictures": (Layout("pictures.jsonl or an imagefolder", ("prompt|caption|text", "image|file_name"), _each(_captioned)),),
+    "labels": (Layout("labels.jsonl", (_ASKED, "image|audio", "label"), _each(_labelled)), *_BETTER),
+    "pictures": (Layout("pictures.jsonl or an imagefolder", (f"{_ASKED}|text", "image|audio|file_name"), _each(_captioned)),),
     "edits": (Layout("edits.jsonl, or InstructPix2Pix's columns", (_SOURCE, _INSTRUCTION, _EDITED), _each(_edited)),),
 }
 _BETTER_FILES = ("pairs.jsonl", "ranks.jsonl", "train.json", "metadata-train.parquet", "*.parquet")

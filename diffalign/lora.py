@@ -1,9 +1,11 @@
-"""LoRA on a diffusers pipeline, through peft: attach, save what plain diffusers loads, load to continue."""
+"""LoRA on a diffusers pipeline, through peft: attach, save what plain diffusers (or peft alone) loads, load to continue."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffalign import kohya
+from diffalign import bare, kohya
 from diffalign.errors import InputError
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -28,13 +30,19 @@ class LoRA:
     target_modules: list[str] | None = None
     """Names, or ends of names, of the layers to adapt; by default the attention projections."""
     init: str | None = None
-    """A LoRA to continue from: a folder or a .safetensors file that diffusers loads, kohya's too. Rank and alpha are then the file's."""
+    """A LoRA to continue from: a folder or a .safetensors file that diffusers loads, kohya's too; of sound peft's folder. Rank and alpha
+    are then the file's."""
 
     def __post_init__(self) -> None:
         if not self.rank >= 1:
             raise InputError(f"lora.rank is {self.rank}: give 1 or more.")
         if self.alpha is not None and not 0 < self.alpha < float("inf"):
             raise InputError(f"lora.alpha is {self.alpha}: give a number above 0.")
+
+
+def native(pipe: Any) -> bool:
+    """Whether the pipeline, or its class, reads and writes LoRA files itself; those of sound do not."""
+    return "load_lora_weights" in dir(pipe)
 
 
 def attach(pipe: Any, component: str, lora: LoRA, target_modules: list[str], seed: int) -> None:
@@ -54,7 +62,8 @@ def attach(pipe: Any, component: str, lora: LoRA, target_modules: list[str], see
         torch.manual_seed(seed)
         if lora.init is None:
             try:
-                module.add_adapter(LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=names, init_lora_weights="gaussian"))
+                config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=names, init_lora_weights="gaussian")
+                module.add_adapter(config) if native(pipe) else bare.add(module, config)
             except ValueError as error:
                 layers = sorted({n.rsplit(".", 1)[-1] for n, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)})
                 raise InputError(f"lora.target_modules: {names} fit no layer. Names that would: {', '.join(layers)}.") from error
@@ -72,6 +81,12 @@ def _load(pipe: Any, component: str, source: str) -> None:
     path = Path(source).expanduser()
     if not path.exists():
         raise InputError(f"lora.init: {path} does not exist. Give a folder with {WEIGHTS}, or a .safetensors file.")
+    if not native(pipe):
+        try:
+            bare.load(getattr(pipe, component), path)
+        except InputError as error:
+            raise InputError(f"lora.init: {error}") from error
+        return
     folder, name = (path, WEIGHTS) if path.is_dir() else (path.parent, path.name)
     try:
         theirs = kohya.read(folder / name) if name.endswith(".safetensors") else None
@@ -108,11 +123,40 @@ def _check_whole(file: Path, module: Any) -> None:
         )
 
 
+def load(pipe: Any, component: str, folder: Path) -> None:
+    """Put the LoRA that `save` wrote into a pipeline."""
+    if native(pipe):
+        pipe.load_lora_weights(str(folder), adapter_name="default")
+    else:
+        bare.load(getattr(pipe, component), folder)
+
+
+@contextmanager
+def scaled(pipe: Any, component: str, scale: float) -> Iterator[None]:
+    """The pipeline's LoRA at another strength while the block runs."""
+    if scale == 1.0:
+        yield
+        return
+    if not native(pipe):
+        with bare.scaled(getattr(pipe, component), scale):
+            yield
+        return
+    pipe.set_adapters("default", scale)
+    try:
+        yield
+    finally:
+        pipe.set_adapters("default", 1.0)
+
+
 def save(pipe: Any, component: str, folder: Path) -> None:
-    """Write `pytorch_lora_weights.safetensors`, with rank and alpha, as `pipe.load_lora_weights(folder)` reads it."""
+    """Write `pytorch_lora_weights.safetensors`, with rank and alpha, as `pipe.load_lora_weights(folder)` reads it; of a pipeline without
+    that method peft's own files, as `PeftModel.from_pretrained(network, folder)` reads them."""
     from peft.utils import get_peft_model_state_dict
 
     module: Any = getattr(pipe, component)
+    if not native(pipe):
+        bare.save(module, folder)
+        return
     metadata = module.peft_config["default"].to_dict()
     for key, value in metadata.items():
         if isinstance(value, set):

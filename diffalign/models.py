@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +14,13 @@ import torch
 from diffalign import knobs, registry, sources
 from diffalign.errors import InputError, nearest
 from diffalign.settings import Settings
+from diffalign.types import Modality
 
 OPTIONS = (
     "image_guidance_scale",
     "true_cfg_scale",
     "max_sequence_length",
+    "audio_seconds",
     "original_size",
     "crops_coords_top_left",
     "target_size",
@@ -67,6 +70,11 @@ def adapter_of(class_name: str) -> Any:
     return registry.find("pipelines", class_name)[0]
 
 
+def modality_of(class_name: str) -> Modality | None:
+    """What a pipeline of this class makes; None where its adapter says so only of a live one. Raises InputError as `adapter_of`."""
+    return getattr(adapter_of(class_name), "modality", None)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' and diffusers' loading bars, and their notices about packages that nobody asked for."""
@@ -81,7 +89,9 @@ def quiet() -> Iterator[None]:
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # theirs, about torch's functions that they call
+            yield
     finally:
         transformers_logging.set_verbosity(level)
         diffusers_logging.set_verbosity(diffusers_level)

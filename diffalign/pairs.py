@@ -19,16 +19,17 @@ from diffalign import registry
 from diffalign.cache import digest
 from diffalign.config import model_preset, name_of, parameters, parse
 from diffalign.console import console, say, say_notes
-from diffalign.contract import CheckedReward, as_reward
-from diffalign.data import Prompt, check_prompts, read_prompts
+from diffalign.contract import CheckedReward, as_reward, check_modality
+from diffalign.data import PicturePrompt, Prompt, SpokenPrompt, batch_of, check_fit, check_prompts, known_as, rate_of, read_prompts, text_of
 from diffalign.errors import InputError
-from diffalign.models import make_policy
+from diffalign.models import class_of, make_policy, modality_of
 from diffalign.ranks import Drawn, Outcome, Ranked, claim, count, ledger, rewrite, write
 from diffalign.run import Run
 from diffalign.sampling import noisy, rollout
 from diffalign.settings import LIVE, Settings
+from diffalign.sound import rounded
 from diffalign.trajectories import Stored
-from diffalign.types import Policy, Prompts, Taken
+from diffalign.types import Modality, Policy, Prompts, Taken
 
 PATIENCE = 100  # prompts without a pair, and at least all of them once, until the reward is taken for a constant
 
@@ -60,13 +61,15 @@ class Making:
     true_cfg_scale: float = 1.0
     """Classifier-free guidance of models that are told guidance_scale (FLUX); 1 for none."""
     max_sequence_length: int | None = None
-    """Tokens of the long text encoder of Stable Diffusion 3, FLUX and Z-Image; by default the pipeline's own."""
+    """Tokens of the long text encoder of Stable Diffusion 3, FLUX, Z-Image and the pipelines of sound; by default the pipeline's own."""
     negative_prompt: str | None = None
     """Prompt of the unconditional branch; by default the pipeline's own: the empty one, or none at all for SDXL."""
     height: int | None = None
     """Height of the pictures in pixels; by default the model's own."""
     width: int | None = None
     """Width of the pictures in pixels; by default the model's own."""
+    audio_seconds: float | None = None
+    """Length of the sounds; by default the model's own (AudioLDM 2), or 5 (LongCat-AudioDiT)."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the network."""
     device: str | None = None
@@ -87,7 +90,12 @@ class Making:
 
 
 def make_pairs(
-    pipe: Any = "shapes", *, reward: Any = None, output: str | Path, prompts: str | Path | Sequence[str] | None = None, **given: Any
+    pipe: Any = "shapes",
+    *,
+    reward: Any = None,
+    output: str | Path,
+    prompts: str | Path | Sequence[str | SpokenPrompt] | None = None,
+    **given: Any,
 ) -> Path:
     """Write preference pairs of a model's samples into the folder `output`, and return it; the same call again goes on.
 
@@ -178,19 +186,22 @@ def make(
     """Make the pairs that are still missing in `folder`; `texts` stand for the settings' prompts, `live` for its pipeline."""
     if texts is None and making.prompts is None:
         raise InputError("No prompts: give --prompts FILE (one a line), or --prompts shapes.")
-    prompts = _texts(read_prompts(making.prompts or "") if texts is None else texts)
+    prompts = _without_pictures(read_prompts(making.prompts or "") if texts is None else texts)
     settings = {
         **{key: value for key, value in asdict(making).items() if key not in ("pairs", "device")},
-        "prompts": {"source": making.prompts if texts is None else None, "count": len(prompts), "sha256": digest(*prompts)},
+        "prompts": {"source": making.prompts if texts is None else None, "count": len(prompts), "sha256": digest(*map(known_as, prompts))},
         "reward": {"name": reward.name, **{k: str(v) if isinstance(v, Path) else v for k, v in reward_fields.items()}},
     }
     done = ledger(folder, settings)
     if _missing(making, done, prompts):
+        made = _made(making, live)
+        if made is not None:
+            check_modality(reward.reward, reward.name, made)
         reward.open()
         policy = _policy(making, live)
         say_notes(policy)
-        if reward.modality != "image" or policy.modality != "image":
-            raise InputError(f"{reward.name} judges {reward.modality}, and this pipeline makes {policy.modality}: pairs are of pictures.")
+        check_modality(reward.reward, reward.name, policy.modality)
+        check_fit(prompts, policy)
         with claim(folder, settings):
             done = ledger(folder, settings)  # again, now that nobody else writes
             if done:
@@ -206,26 +217,33 @@ def make(
     return folder
 
 
-def _missing(making: Making, done: Sequence[Ranked], prompts: Sequence[str]) -> int:
+def _missing(making: Making, done: Sequence[Ranked], prompts: Sequence[Prompt]) -> int:
     """Pairs that are still to be made; where no number was asked for, prompts."""
     return max(0, len(prompts) - len(done) if making.pairs is None else making.pairs - count(done))
 
 
-def _texts(prompts: Sequence[Prompt]) -> list[str]:
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    if len(texts) < len(prompts):
-        raise InputError("These prompts come with pictures to edit: diffalign pairs samples models that make pictures from text.")
-    return texts
+def _without_pictures(prompts: Sequence[Prompt]) -> list[Prompt]:
+    if any(isinstance(prompt, PicturePrompt) for prompt in prompts):
+        raise InputError("These prompts come with pictures to edit: diffalign pairs samples models that make pictures or sounds from text.")
+    return list(prompts)
+
+
+def _made(making: Making, live: Any) -> Modality | None:
+    """What the pipeline makes, from its index; None where nobody knows yet."""
+    if live is not None:
+        return modality_of(type(live).__name__)
+    settings = Run.open(making.pipeline).plan.settings if _is_run(making.pipeline) else Settings(making.pipeline, making.revision)
+    return None if settings.pipeline == LIVE else modality_of(class_of(settings))
 
 
 def _policy(making: Making, live: Any) -> Policy:
     names = ("pipeline", "revision", "guidance_scale", "true_cfg_scale", "max_sequence_length", "negative_prompt")
-    names += ("height", "width", "precision", "device")
+    names += ("height", "width", "audio_seconds", "precision", "device")
     pipe = Run.open(making.pipeline).pipeline if live is None and _is_run(making.pipeline) else live
     return make_policy(Settings(**{name: vars(making)[name] for name in names}), pipe, train=False)
 
 
-def rank(policy: Policy, reward: CheckedReward, prompts: Sequence[str], making: Making, first: int) -> Iterator[list[Outcome]]:
+def rank(policy: Policy, reward: CheckedReward, prompts: Sequence[Prompt], making: Making, first: int) -> Iterator[list[Outcome]]:
     """Outcomes of the prompts from number `first` on, without end, the prompts again and again; a list a forward.
 
     Sample n is one of prompt n // samples. It has its own noise, and stands at a fixed place of a batch of fixed size, so that
@@ -235,31 +253,34 @@ def rank(policy: Policy, reward: CheckedReward, prompts: Sequence[str], making: 
     open_: list[Drawn] = []
     for start in itertools.count(number // size * size, size):
         numbers = range(start, start + size)
-        texts = Prompts(tuple(prompts[n // samples % len(prompts)] for n in numbers))
+        texts = batch_of([prompts[n // samples % len(prompts)] for n in numbers], policy)
         finished: list[Outcome] = []
         for n, drawn in zip(numbers, _sample(policy, reward, texts, making, numbers), strict=True):
             if n >= number:
                 open_.append(drawn)
             if len(open_) == samples:
-                finished.append(Outcome(n // samples, prompts[n // samples % len(prompts)], open_))
+                asked = prompts[n // samples % len(prompts)]
+                said = asked.transcript if isinstance(asked, SpokenPrompt) else None
+                finished.append(Outcome(n // samples, text_of(asked), open_, said, rate_of(policy)))
                 open_ = []
         yield finished
 
 
 @torch.no_grad()
 def _sample(policy: Policy, reward: CheckedReward, texts: Prompts, making: Making, numbers: range) -> list[Drawn]:
-    """Samples, their pictures in [0, 1], on the CPU, rounded to 8 bits as their files are."""
+    """Samples, on the CPU: their pictures in [0, 1], rounded to 8 bits as their files are, or sounds in [-1, 1] to 16."""
     condition = policy.encode(texts)
     noise = torch.cat([policy.prior(condition[i : i + 1], _generator(making, str(n))) for i, n in enumerate(numbers)])
     eta, rng = float(making.trajectories), _generator(making, f"steps {numbers[0]}")  # its own: no noise may be used twice
     kernel = noisy(policy.path, eta)
     taken = rollout(policy, condition, steps=making.sample_steps, kernel=kernel, random_steps=making.random_steps, start=noise, rng=rng)
-    pictures = (policy.decode(taken.final).clamp(0, 1) * 255).round() / 255
+    media = policy.decode(taken.final)
+    media = rounded(media) if rate_of(policy) else (media.clamp(0, 1) * 255).round() / 255
     stored: list[Stored | None] = [None] * len(numbers)
     if making.trajectories:
         how = Taken(taken.schedule, taken.actions, eta, condition.guidance_scale)
         stored = [Stored(states, how) for states in taken.states.float().cpu().unbind(1)]
-    return [Drawn(*each) for each in zip(pictures.cpu(), reward(pictures, texts).tolist(), stored, strict=True)]
+    return [Drawn(*each) for each in zip(media.cpu(), reward(media, texts).tolist(), stored, strict=True)]
 
 
 def _generator(making: Making, what: str) -> torch.Generator:

@@ -1,4 +1,4 @@
-"""A folder of ranked samples: pictures, ranks.jsonl (all samples of a prompt) and pairs.jsonl (the best and the worst of them).
+"""A folder of ranked samples: pictures or sounds, ranks.jsonl (all samples of a prompt) and pairs.jsonl (the best and the worst of them).
 
 ranks.jsonl is the ledger: a prompt whose line is there is done.
 """
@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -18,33 +18,52 @@ from torch import Tensor
 
 from diffalign.errors import InputError
 from diffalign.media import to_pil
+from diffalign.sound import write_wav
 from diffalign.trajectories import Stored, beside
 
 
 class Drawn(NamedTuple):
-    """One sample: its picture (3, H, W), its score, and its trajectory where that is kept."""
+    """One sample: its picture (3, H, W) or sound (samples,), its score, and its trajectory where that is kept."""
 
-    picture: Tensor
+    medium: Tensor
     score: float
     trajectory: Stored | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The samples of one prompt, in the order in which they were drawn."""
+    """The samples of one prompt, in the order in which they were drawn; sounds have a `sample_rate`, Hz."""
 
     number: int
     prompt: str
     samples: list[Drawn]
+    transcript: str | None = None
+    sample_rate: int | None = None
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """The samples of one prompt, best first: `images` are paths in the folder."""
+    """The samples of one prompt, best first: `images` are paths in the folder, of pictures or sounds."""
 
     prompt: str
     images: list[str]
     scores: list[float]
+    transcript: str | None = None
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """The line of ranks.jsonl."""
+        what = "sounds" if self.images[0].endswith(".wav") else "images"
+        return {**self._asked, what: self.images, "scores": self.scores}
+
+    @property
+    def _asked(self) -> dict[str, str]:
+        return {"prompt": self.prompt} | ({} if self.transcript is None else {"transcript": self.transcript})
+
+    @staticmethod
+    def of(line: Mapping[str, Any]) -> Ranked:
+        """Raises TypeError for what is no such line."""
+        return Ranked(**{"images" if key == "sounds" else key: value for key, value in line.items()})
 
     @property
     def pair(self) -> dict[str, Any] | None:
@@ -52,7 +71,7 @@ class Ranked:
         if not self.scores[0] > self.scores[-1]:
             return None
         chosen, rejected = {"chosen": self.images[0], "chosen_score": self.scores[0]}, {"rejected": self.images[-1]}
-        return {"prompt": self.prompt, **chosen, **rejected, "rejected_score": self.scores[-1]}
+        return {**self._asked, **chosen, **rejected, "rejected_score": self.scores[-1]}
 
 
 def count(done: Sequence[Ranked]) -> int:
@@ -71,7 +90,7 @@ def ledger(folder: Path, settings: Mapping[str, Any]) -> list[Ranked]:
     try:
         before = yaml.safe_load((folder / "pairs.yaml").read_text(encoding="utf-8"))
         data = (folder / "ranks.jsonl").read_bytes() if (folder / "ranks.jsonl").is_file() else b""
-        done = [Ranked(**json.loads(line)) for line in data.split(b"\n")[:-1]]
+        done = [Ranked.of(json.loads(line)) for line in data.split(b"\n")[:-1]]
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise InputError(f"{folder}: pairs.yaml or ranks.jsonl is damaged ({' '.join(str(error).split())[:120]}).") from error
     other = [key for key, value in settings.items() if not isinstance(before, dict) or before.get(key) != value]
@@ -103,7 +122,7 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
 
 def rewrite(folder: Path, done: Sequence[Ranked]) -> None:
     """Both files as the ledger has them: a line that was cut short goes, and a pair that was not written yet comes."""
-    lines = {"ranks.jsonl": [asdict(ranked) for ranked in done], "pairs.jsonl": [ranked.pair for ranked in done if ranked.pair]}
+    lines = {"ranks.jsonl": [ranked.line for ranked in done], "pairs.jsonl": [ranked.pair for ranked in done if ranked.pair]}
     for name, rows in lines.items():
         draft = folder / f"{name}.draft"
         with draft.open("w", encoding="utf-8") as file:
@@ -112,20 +131,25 @@ def rewrite(folder: Path, done: Sequence[Ranked]) -> None:
 
 
 def write(folder: Path, blocks: Iterable[list[Outcome]]) -> Generator[Ranked]:
-    """Write each outcome's pictures, then its lines, then yield it; on the disk for good after each block."""
-    (folder / "images").mkdir(exist_ok=True)
+    """Write each outcome's pictures or sounds, then its lines, then yield it; on the disk for good after each block."""
     with (folder / "ranks.jsonl").open("a", encoding="utf-8") as ranks, (folder / "pairs.jsonl").open("a", encoding="utf-8") as pairs:
         try:
             for block in blocks:
                 for outcome in block:
-                    names = [f"images/{outcome.number + 1:06d}-{j}.png" for j in range(len(outcome.samples))]
+                    kind, ending = ("images", "png") if outcome.sample_rate is None else ("sounds", "wav")
+                    (folder / kind).mkdir(exist_ok=True)
+                    names = [f"{kind}/{outcome.number + 1:06d}-{j}.{ending}" for j in range(len(outcome.samples))]
                     for name, drawn in zip(names, outcome.samples, strict=True):
-                        to_pil(drawn.picture).save(folder / name)
+                        if outcome.sample_rate is None:
+                            to_pil(drawn.medium).save(folder / name)
+                        else:
+                            write_wav(folder / name, drawn.medium, outcome.sample_rate)
                         if drawn.trajectory is not None:
                             drawn.trajectory.save(beside(folder / name))
                     order = sorted(range(len(names)), key=lambda j, outcome=outcome: -outcome.samples[j].score)
-                    ranked = Ranked(outcome.prompt, [names[j] for j in order], [outcome.samples[j].score for j in order])
-                    _append(ranks, asdict(ranked))
+                    scores = [outcome.samples[j].score for j in order]
+                    ranked = Ranked(outcome.prompt, [names[j] for j in order], scores, outcome.transcript)
+                    _append(ranks, ranked.line)
                     if ranked.pair is not None:
                         _append(pairs, ranked.pair)
                     yield ranked

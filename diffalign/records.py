@@ -14,7 +14,7 @@ from diffalign.errors import InputError
 
 CHUNK = 1 << 20
 NAMED = 5  # faults of one kind that are named; the others are counted
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".wav")  # a sound stands where a picture does
 
 
 @dataclass(frozen=True)

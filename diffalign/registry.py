@@ -93,6 +93,7 @@ METHODS = {
     "refl": Entry("diffalign.methods.refl:ReFL", "Reward gradient on a one-step prediction.", "differentiable reward"),
     "alignprop": Entry("diffalign.methods.alignprop:AlignProp", "Reward gradient through randomly many steps.", "differentiable reward"),
 }
+DIGITS = {"model": "digits", "sample_rate": 8000}
 REWARDS = {
     "hps-v2": Entry("diffalign.rewards.hps:HPS", "Human Preference Score v2, a CLIP ViT-H-14.", "differentiable"),
     "hps-v2.1": Entry("diffalign.rewards.hps:HPS", "Human Preference Score v2.1.", "differentiable", {"version": "v2.1"}),
@@ -115,6 +116,53 @@ REWARDS = {
     "shapes-edit-clip": Entry("diffalign.rewards.shapes:ShapesEditCLIP", "Tiny CLIP on the caption after an edit.", "differentiable"),
     "jpeg-compressibility": Entry("diffalign.rewards.jpeg:JPEGCompressibility", "Minus the kB of a JPEG at quality 95.", "score"),
     "jpeg-incompressibility": Entry("diffalign.rewards.jpeg:JPEGCompressibility", "The kB of a JPEG at quality 95.", "score", {"sign": 1}),
+    "loudness": Entry("diffalign.rewards.sound:Loudness", "Of sound: how near its level is to a target.", "differentiable"),
+    "silence": Entry("diffalign.rewards.sound:Silence", "Of sound: minus the share that is silent.", "score"),
+    "ctc": Entry("diffalign.rewards.speech:CTC", "Likelihood of the transcript under a CTC recogniser.", "differentiable"),
+    "wer": Entry("diffalign.rewards.speech:ErrorRate", "Minus the word error rate under Whisper or a CTC recogniser.", "score"),
+    "cer": Entry("diffalign.rewards.speech:ErrorRate", "Minus the character error rate.", "score", {"unit": "character"}),
+    "digits-ctc": Entry(
+        "diffalign.rewards.speech:CTC", "Likelihood of the transcript, with the embedded recogniser.", "differentiable", DIGITS
+    ),
+    "digits-wer": Entry("diffalign.rewards.speech:ErrorRate", "Minus the word error rate, with the embedded one.", "score", DIGITS),
+    "mos": Entry("diffalign.rewards.mos:MOS", "UTMOS: the naturalness of speech, about 1 to 5; reads no prompt.", "differentiable"),
+    "clap": Entry("diffalign.rewards.clap:CLAP", "Of sound: cosine with its description under CLAP.", "differentiable"),
+    "si-sdr": Entry("diffalign.rewards.compared:SISDR", "Of sound: dB of signal over distortion beside a recording.", "differentiable"),
+    "stoi": Entry(
+        "diffalign.rewards.compared:Compared",
+        "Of speech: intelligibility beside a recording.",
+        "score",
+        extra="speech-metrics",
+        package="pystoi",
+    ),
+    "pesq": Entry(
+        "diffalign.rewards.compared:Compared",
+        "Of speech: quality beside a recording.",
+        "score",
+        {"measure": "pesq"},
+        extra="speech-metrics",
+        package="pesq",
+    ),
+    "speaker-similarity": Entry(
+        "diffalign.rewards.voices:SpeakerSimilarity", "Of speech: cosine of the speaker's vector with a recording's.", "differentiable"
+    ),
+    "speech-bert-score": Entry(
+        "diffalign.rewards.voices:SpeechBERTScore", "Of speech: BERTScore between its frames and a recording's.", "differentiable"
+    ),
+    "dnsmos": Entry(
+        "diffalign.rewards.predicted:DNSMOS",
+        "Of speech: DNSMOS, the quality that people would hear, 1 to 5.",
+        "score",
+        extra="speech-metrics",
+        package="torchmetrics",
+    ),
+    "nisqa": Entry(
+        "diffalign.rewards.predicted:NISQA",
+        "Of speech: NISQA, the quality that people would hear, 1 to 5.",
+        "score",
+        extra="speech-metrics",
+        package="torchmetrics",
+    ),
 }
 PIPELINES = {
     "StableDiffusionPipeline": Entry("diffalign.pipelines.stable_diffusion:StableDiffusion", "Stable Diffusion 1.x and 2.x.", "image"),
@@ -132,6 +180,8 @@ PIPELINES = {
     "StableDiffusion3Pipeline": Entry("diffalign.pipelines.sd3:StableDiffusion3", "Stable Diffusion 3 and 3.5.", "image"),
     "FluxPipeline": Entry("diffalign.pipelines.flux:Flux", "FLUX.1, text to image.", "image"),
     "ZImagePipeline": Entry("diffalign.pipelines.z_image:ZImage", "Z-Image and Z-Image-Turbo.", "image"),
+    "AudioLDM2Pipeline": Entry("diffalign.pipelines.audioldm2:AudioLDM2", "AudioLDM 2: text to sound; with VITS, speech.", "audio"),
+    "LongCatAudioDiTPipeline": Entry("diffalign.pipelines.longcat_audio:LongCatAudio", "LongCat-AudioDiT: speech.", "audio"),
 }
 UNSUITED = {
     "StableDiffusionXLImg2ImgPipeline": "SDXL's refiner works on pictures of the base model: align that one (StableDiffusionXLPipeline), "

@@ -20,9 +20,9 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from diffalign import checkpoint, kohya
+from diffalign import checkpoint, kohya, lora
 from diffalign.config import Plan, resolve
-from diffalign.data import Prompt, read_file, text_of, write_file
+from diffalign.data import Prompt, caption_of, check_fit, rate_of, read_file, write_file
 from diffalign.errors import InputError
 from diffalign.evaluate import sample, sheet
 from diffalign.knobs import to_sample
@@ -30,6 +30,7 @@ from diffalign.lora import WEIGHTS
 from diffalign.media import to_pil
 from diffalign.models import class_named, class_of, device_of, make_policy, network_of, open_pipeline, quiet
 from diffalign.settings import LIVE, Settings
+from diffalign.sound import write_all
 
 PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "pillow")
 
@@ -125,7 +126,7 @@ class Run:
                 network = network_of(pipe)
                 setattr(pipe, network, type(getattr(pipe, network)).from_pretrained(weights, use_safetensors=True))
             else:
-                pipe.load_lora_weights(str(weights), adapter_name="default")
+                lora.load(pipe, network_of(pipe), weights)
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{weights} is damaged ({reason}). Write it again: diffalign train --resume {self.path}") from error
@@ -157,15 +158,19 @@ class Run:
         lora_scale: float = 1.0,
         output: str | Path | None = None,
     ) -> list[Path]:
-        """Pictures of the prompts from the base model and the trained one, same noise: `[side by side, each trained one, ...]`."""
+        """Pictures of the prompts from the base model and the trained one, same noise: `[side by side, each trained one, ...]`.
+
+        Of sounds the mel spectrograms side by side, and .wav files: each trained one, then each of the base model.
+        """
         settings, policy = self.plan.settings, self.policy
+        check_fit(prompts, policy)
         if lora_scale != 1.0 and settings.full:
             raise InputError("lora_scale: this run trained all weights, and has no LoRA to scale.")
         steps = self.plan.sample_steps if steps is None else steps
         if steps < 1 or not math.isfinite(lora_scale) or not 0 <= seed < 2**63:
             raise InputError(f"steps {steps}, lora_scale {lora_scale}, seed {seed}: give 1 or more steps, a finite scale, a seed from 0.")
         chosen: dict[str, Any] = dict(steps=steps, seed=seed, batch_size=settings.batch_size)
-        with _scaled(policy.pipe, lora_scale):
+        with lora.scaled(policy.pipe, network_of(policy.pipe), lora_scale):
             after = sample(policy, prompts, suffix=self.plan.suffix, **chosen)
         with policy.reference():
             before = sample(policy, prompts, **chosen)
@@ -174,11 +179,15 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{folder} cannot be written ({error.strerror}): choose another --output.") from error
-        words = re.sub(r"[^a-z0-9]+", "-", text_of(prompts[0]).lower())[:60].strip("-") or "picture"
+        words = re.sub(r"[^a-z0-9]+", "-", caption_of(prompts[0]).lower())[:60].strip("-") or "picture"
         apart = hashlib.sha256(repr((list(prompts), steps, lora_scale)).encode()).hexdigest()[:6]
         stem = f"{words}-seed{seed}-{apart}"
         paths = [folder / f"{stem}.png", *(folder / f"{stem}-{i}.png" for i in range(len(prompts)))]
-        sheet([("before", before), ("after", after)], prompts).save(paths[0])
+        rate = rate_of(policy)
+        sheet([("before", before), ("after", after)], prompts, rate).save(paths[0])
+        if rate is not None:
+            heard = {folder / stem: after, folder / f"{stem}-before": before}
+            return [paths[0], *(path for where, media in heard.items() for path in write_all(where, media, rate))]
         for path, image in zip(paths[1:], after, strict=True):
             to_pil(image).save(path)
         return paths
@@ -200,6 +209,8 @@ class Run:
         if path.exists() and not force:
             raise InputError(f"{path} exists already: choose another --output, or --force to replace it.")
         known = type(self.live) if self.live is not None else class_named(class_of(self._named()))
+        if not lora.native(known):
+            raise InputError(f"{self.path}: no programme reads a kohya file of a {known.__name__}. Its lora/ loads through peft.")
         try:
             with quiet():
                 tensors = kohya.convert(weights, known)
@@ -285,19 +296,6 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
         return path
-
-
-@contextmanager
-def _scaled(pipe: Any, lora_scale: float) -> Iterator[None]:
-    """The pipeline's LoRA at another strength while the block runs."""
-    if lora_scale == 1.0:
-        yield
-        return
-    pipe.set_adapters("default", lora_scale)
-    try:
-        yield
-    finally:
-        pipe.set_adapters("default", 1.0)
 
 
 def peak_memory_mb(device: torch.device) -> float:

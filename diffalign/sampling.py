@@ -228,7 +228,10 @@ def without_some_text(policy: Policy, prompts: Prompts, share: float, rng: Gener
     """The condition of prompts of which a random `share` is empty, without guidance: what keeps guidance working in training."""
     draws = draw_rows(len(prompts), rng, lambda n: torch.rand(n, generator=rng))
     texts = tuple("" if float(u) < share else text for text, u in zip(prompts.text, draws, strict=True))
-    return policy.encode(replace(prompts, text=texts)).unguided()
+    said = prompts.transcript
+    if said is not None:  # with the text goes what is said: the unconditional branch has neither
+        said = tuple("" if float(u) < share else words for words, u in zip(said, draws, strict=True))
+    return policy.encode(replace(prompts, text=texts, transcript=said)).unguided()
 
 
 def paired_errors(

@@ -18,18 +18,19 @@ from diffalign.checkpoint import whole
 from diffalign.config import Plan, check_needs, resolve
 from diffalign.console import comparison, console, say, say_notes, watch
 from diffalign.contract import CheckedReward, short_name
-from diffalign.data import Prompt, PromptList, check_pictures, text_of
+from diffalign.data import Prompt, PromptList, SpokenPrompt, check_fit, rate_of, text_of
 from diffalign.errors import InputError
 from diffalign.evaluate import evaluate, implicit_accuracy, sample, sheet
 from diffalign.flags import flat
-from diffalign.inputs import Data, check_reward, eval_rewards, given_prompts, open_data, prompt_lists
+from diffalign.inputs import Data, check_media, check_reward, eval_rewards, given_prompts, open_data, prompt_lists
 from diffalign.loop import Training, prepare, train
 from diffalign.memory import Trial, within_budget
-from diffalign.models import adapter_of, class_of, make_policy, prepare_to_train
+from diffalign.models import class_of, make_policy, modality_of, prepare_to_train
 from diffalign.processes import failed_before, least_of_all, make_accelerator, mesh_of, one_for_all
 from diffalign.report import curve
 from diffalign.run import Run, forget_peak
 from diffalign.settings import LIVE
+from diffalign.sound import write_all
 
 PICTURES = 8
 
@@ -56,7 +57,7 @@ def start(
         raise InputError("fsdp: a live pipeline would be left in parts. Give its folder or Hub id, or leave fsdp out.")
     if settings.tiny and live is not None:
         raise InputError("tiny: a live pipeline has no twin. Give its folder or Hub id, or leave tiny out.")
-    adapter_of(class_of(settings, live))
+    check_media(plan, modality_of(class_of(settings, live)))
     accelerator = make_accelerator(settings)
     path = Path(one_for_all(str(Path(output).expanduser() if output else _fresh_name(plan))))
     if accelerator.is_main_process:
@@ -71,7 +72,7 @@ def start(
     with _given_back(policy, live):
         data = open_data(plan, policy, accelerator)
         train_prompts, held_out = prompt_lists(settings, prompts, eval_prompts, data)
-        check_pictures([*train_prompts, *held_out], policy)
+        check_fit([*train_prompts, *held_out], policy)
         check_reward(plan, policy, train_prompts)
         for steps in {plan.sample_steps, vars(plan.method).get("inference_steps", plan.sample_steps)}:
             policy.path.schedule(steps)
@@ -190,7 +191,8 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
             console.print(comparison(results))
     if main:
         run.save_picture("curve.png", curve({run.path.name: run.metrics}))
-        say(f'Run: {run.path}   Again: diffalign sample {run.path} --prompt "{text_of(shown[0])}"')
+        asked = f'--transcript "{shown[0].transcript}"' if isinstance(shown[0], SpokenPrompt) else f'--prompt "{text_of(shown[0])}"'
+        say(f"Run: {run.path}   Again: diffalign sample {run.path} {asked}")
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.wait_for_everyone()  # the run is whole when the first process has written it
@@ -201,6 +203,7 @@ def _steps(plan: Plan, run: Run, policy: Any, training: Training, shown: list[Pr
     """Take the steps that are left; rows, pictures and checkpoints as they fall due."""
     settings, accelerator, reward = plan.settings, training.accelerator, plan.reward
     main, picture_every = accelerator.is_main_process, settings.sample_every or max(1, settings.steps // 4)
+    rate = rate_of(policy)
     samples = main or settings.fsdp  # a network that is shared out works in all processes, or in none
 
     def pictures() -> None:
@@ -209,7 +212,9 @@ def _steps(plan: Plan, run: Run, policy: Any, training: Training, shown: list[Pr
             images = sample(policy, shown, steps=plan.sample_steps, seed=settings.seed, batch_size=settings.batch_size, suffix=suffix)
         step = training.context.step
         if main:
-            run.save_picture(f"samples/step-{step:06d}.png", sheet([(f"step {step}", images)], shown))
+            path = run.save_picture(f"samples/step-{step:06d}.png", sheet([(f"step {step}", images)], shown, rate))
+            if rate is not None:
+                write_all(path.with_suffix(""), images, rate)
 
     def checkpoint() -> None:
         state = training.state()  # of all processes
@@ -251,7 +256,7 @@ def evaluate_into(
     pairs: Any = None,
     write: bool = True,
 ) -> dict[str, Any]:
-    """Compare the policy with its base model, and write what `evaluate` found to `output` and the pictures to `picture`.
+    """Compare the policy with its base model, and write what `evaluate` found to `output` and the pictures to `picture`; sounds beside it.
 
     `pairs` is what was measured on the data before, and stays. Where all processes work on one network, the first is to `write`.
     """
@@ -266,8 +271,11 @@ def evaluate_into(
         return results
     with whole(output) as draft:
         draft.write_text(json.dumps(results, indent=2) + "\n")
-    side_by_side = sheet([("before", before[:PICTURES]), ("after", after[:PICTURES])], prompts[:PICTURES])
-    side_by_side.save(picture)
+    rate, rows = rate_of(policy), {"before": before[:PICTURES], "after": after[:PICTURES]}
+    sheet(list(rows.items()), prompts[:PICTURES], rate).save(picture)
+    if rate is not None:
+        for name, media in rows.items():
+            write_all(picture.with_name(f"{picture.stem}-{name}"), media, rate)
     return results
 
 

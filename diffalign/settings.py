@@ -31,7 +31,7 @@ class Settings:
     data_limit: int | None = None
     """Use so many examples of the data, the first ones."""
     bad_pictures: Literal["refuse", "skip"] = "refuse"
-    """What to do with data pictures that are missing or damaged."""
+    """What to do with pictures, or sounds, of the data that are missing or damaged."""
     eval_prompts: str | None = None
     """Held-out prompts; by default a tenth of the prompts is held out."""
     eval_rewards: list[str] | None = None
@@ -45,13 +45,15 @@ class Settings:
     true_cfg_scale: float = 1.0
     """Classifier-free guidance of models that are told guidance_scale (FLUX), with negative_prompt; 1 for none."""
     max_sequence_length: int | None = None
-    """Tokens of the long text encoder of Stable Diffusion 3, FLUX and Z-Image; by default the pipeline's own."""
+    """Tokens of the long text encoder of Stable Diffusion 3, FLUX, Z-Image and the pipelines of sound; by default the pipeline's own."""
     negative_prompt: str | None = None
     """Prompt of the unconditional branch; by default the pipeline's own: the empty one, or none at all for SDXL."""
     height: int | None = None
     """Height of the pictures in pixels; by default the model's own."""
     width: int | None = None
     """Width of the pictures in pixels; by default the model's own."""
+    audio_seconds: float | None = None
+    """Length of the sounds; by default the model's own (AudioLDM 2), or 5 (LongCat-AudioDiT)."""
     original_size: tuple[int, int] | None = None
     """What SDXL is told: height and width of the picture before it was scaled; by default the picture's."""
     crops_coords_top_left: tuple[int, int] | None = None
@@ -123,8 +125,8 @@ class Settings:
         for name, least in whole.items():
             if not vars(self)[name] >= least:  # said so that NaN, which compares as false, is refused too
                 raise InputError(f"{name} is {vars(self)[name]}: give {least} or more.")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not 0 < vars(self)[name] < float("inf"):
+        for name in ("learning_rate", "max_grad_norm", "audio_seconds"):
+            if vars(self)[name] is not None and not 0 < vars(self)[name] < float("inf"):
                 raise InputError(f"{name} is {vars(self)[name]}: give a number above 0.")
         for name in ("sample_every", "sample_steps", "data_limit", "height", "width", "max_sequence_length", "vae_batch_size"):
             if vars(self)[name] is not None and not vars(self)[name] >= 1:

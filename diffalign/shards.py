@@ -63,6 +63,8 @@ def everyones_prompts(prompts: Prompts, processes: Processes, size: int, device:
     gathered = {name: everyone(x.to(device), processes, size).cpu() for name, x in pictures.items()}
     return Prompts(
         tuple(_everyones_texts(prompts.text, processes, size, device)),
+        transcript=None if prompts.transcript is None else tuple(_everyones_texts(prompts.transcript, processes, size, device)),
+        sample_rate=prompts.sample_rate,
         metadata=tuple(json.loads(text) for text in _everyones_texts(metadata, processes, size, device)) if metadata else None,
         **gathered,
     )

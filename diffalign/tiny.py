@@ -5,6 +5,7 @@ Pipelines and rewards are opened as their twins (`models.open_pipeline`, `Checke
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from collections.abc import Iterator, Sequence
@@ -20,12 +21,13 @@ from torch import Generator
 from diffalign import registry
 from diffalign.config import Plan
 from diffalign.console import say
-from diffalign.data import PicturePrompt, Prompt
+from diffalign.data import PicturePrompt, Prompt, SpokenPrompt
 from diffalign.errors import InputError
 from diffalign.media import data_uri, to_pil
 from diffalign.models import device_type
 from diffalign.settings import Settings
-from diffalign.types import Data, PictureField
+from diffalign.sound import wav_bytes
+from diffalign.types import Data, Modality, PromptField
 
 MOST = {"steps": 2, "batch_size": 2, "accumulate": 2, "eval_size": 2, "warmup_steps": 1}  # of the settings
 MOST_OF_METHOD = {"batches": 1, "samples": 2, "forwards": 1, "pretrain_batches": 1}
@@ -38,8 +40,8 @@ FILES: dict[Data, str] = {"pairs": "pairs.jsonl", "labels": "pairs.jsonl", "pict
 def cut(plan: Plan) -> Plan:
     """The plan with few of everything that takes time: steps, batches, samples, denoising steps, pictures, examples.
 
-    Left out are what the twin cannot have (height and width, a LoRA to continue) and the trackers. On a CPU it computes in fp32, which
-    is said. Everything else stays as it is.
+    Left out are what the twin cannot have (height and width, a length, a LoRA to continue) and the trackers. On a CPU it computes in fp32,
+    which is said. Everything else stays as it is.
     """
     s, fields = plan.settings, vars(plan.method)
     fewer: dict[str, Any] = {name: min(vars(s)[name], most) for name, most in MOST.items()}
@@ -56,6 +58,7 @@ def cut(plan: Plan) -> Plan:
         data_limit=min(s.data_limit or len(TEXTS), len(TEXTS)),
         height=None,
         width=None,
+        audio_seconds=None,
         lora=replace(s.lora, init=None),
         log=[],
     )
@@ -84,8 +87,10 @@ def made(settings: Settings, source: str | None) -> bool:
     return source.startswith("hf:") or not Path(source).expanduser().exists()
 
 
-def prompts(takes: Sequence[PictureField]) -> list[Prompt]:
-    """Twelve prompts, with the pictures and masks that a pipeline takes; always the same ones."""
+def prompts(takes: Sequence[PromptField]) -> list[Prompt]:
+    """Twelve prompts, with the pictures and masks, or transcripts, that a pipeline takes; always the same ones."""
+    if "transcript" in takes:
+        return [SpokenPrompt(text, text.rpartition(" ")[-1]) for text in TEXTS]
     if not takes:
         return list(TEXTS)
     rng = Generator().manual_seed(0)
@@ -93,8 +98,8 @@ def prompts(takes: Sequence[PictureField]) -> list[Prompt]:
 
 
 @contextmanager
-def data(kind: Data, takes: Sequence[PictureField]) -> Iterator[str]:
-    """A folder, while the block runs, with twelve examples of the kind on which a method trains; always the same ones.
+def data(kind: Data, takes: Sequence[PromptField], made: Modality = "image") -> Iterator[str]:
+    """A folder, while the block runs, with twelve examples of the kind on which a method trains, pictures or sounds; always the same ones.
 
     Raises InputError for trajectories, which a model must have sampled.
     """
@@ -102,12 +107,16 @@ def data(kind: Data, takes: Sequence[PictureField]) -> Iterator[str]:
         raise InputError(f"A dry run makes up no {kind}: give a folder that is here, or leave --data out.")
     rng = Generator().manual_seed(1)
     with TemporaryDirectory(prefix="diffalign-tiny-") as folder:
-        rows = [json.dumps(_row(kind, text, takes, rng)) for text in TEXTS]
+        rows = [json.dumps(_row(kind, text, takes, made, rng)) for text in TEXTS]
         (Path(folder) / FILES[kind]).write_text("\n".join(rows))
         yield folder
 
 
-def _row(kind: Data, text: str, takes: Sequence[PictureField], rng: Generator) -> dict[str, str]:
+def _row(kind: Data, text: str, takes: Sequence[PromptField], made: Modality, rng: Generator) -> dict[str, str]:
+    if made == "audio":
+        said = {"transcript": text.rpartition(" ")[-1]} if "transcript" in takes else {}
+        sounds = ["data:audio/wav;base64," + base64.b64encode(_sound(rng)).decode() for _ in range(2)]
+        return {"prompt": text, **said, **({"audio": sounds[0]} if kind == "pictures" else {"chosen": sounds[0], "rejected": sounds[1]})}
     one, other = (data_uri(_picture(rng)) for _ in range(2))
     if kind == "edits":
         return {"instruction": text, "source": one, "edited": other}
@@ -115,6 +124,11 @@ def _row(kind: Data, text: str, takes: Sequence[PictureField], rng: Generator) -
         return {"prompt": text, "image": one}
     about = {"image": data_uri(_picture(rng))} if takes else {}
     return {"prompt": text, "chosen": one, "rejected": other, **about, **({"mask": data_uri(_mask())} if "mask" in takes else {})}
+
+
+def _sound(rng: Generator) -> bytes:
+    """0.3 s of noise at 16 kHz."""
+    return wav_bytes(torch.rand(4800, generator=rng) - 0.5, 16000)
 
 
 def _picture(rng: Generator) -> bytes:

@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 Modality = Literal["image", "audio"]
-PictureField = Literal["image", "mask"]  # of Prompts
+PromptField = Literal["image", "mask", "transcript"]  # of Prompts, besides the text
 Index = slice | Sequence[int] | Tensor
 
 
@@ -55,20 +55,34 @@ class Prompts:
     text: tuple[str, ...]
     image: Tensor | None = None  # (B, 3, H, W) in [0, 1]: the picture to edit
     mask: Tensor | None = None  # (B, 1, H, W), 1 where the picture is to be made anew
+    transcript: tuple[str, ...] | None = None  # what is to be said, where the text says how
+    sample_rate: int | None = None  # of the sound that answers, Hz
     metadata: tuple[Mapping[str, Any], ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "text", (self.text,) if isinstance(self.text, str) else tuple(self.text))
+        for name in ("text", "transcript"):
+            value = vars(self)[name]
+            if value is not None:
+                object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        if self.transcript is not None and len(self.transcript) != len(self.text):
+            raise ValueError(f"{len(self.text)} texts and {len(self.transcript)} transcripts.")
 
     def __len__(self) -> int:
         return len(self.text)
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """What tells prompts apart, in every process and run alike: the text, and digests of the picture and the mask where there are."""
+        """What tells prompts apart, in every process and run alike: the text, the transcript where there is one, and digests of the picture
+        and the mask where there are."""
         pictures = [x.detach().float().cpu().contiguous().numpy() for x in (self.image, self.mask) if x is not None]
         digests = [[hashlib.blake2b(row.tobytes(), digest_size=16).hexdigest() for row in rows] for rows in pictures]
-        return tuple("\0".join(parts) for parts in zip(self.text, *digests, strict=True))
+        spoken = [] if self.transcript is None else [self.transcript]
+        return tuple("\0".join(parts) for parts in zip(self.text, *spoken, *digests, strict=True))
+
+    @property
+    def spoken(self) -> tuple[str, ...]:
+        """What is to be said: the transcripts; of a model that says the text itself, the texts."""
+        return self.text if self.transcript is None else self.transcript
 
     def __getitem__(self, index: Index) -> Prompts:
         at = range(len(self))[index] if isinstance(index, slice) else [int(i) for i in index]
@@ -76,6 +90,8 @@ class Prompts:
             text=tuple(self.text[i] for i in at),
             image=None if self.image is None else self.image[list(at)],
             mask=None if self.mask is None else self.mask[list(at)],
+            transcript=None if self.transcript is None else tuple(self.transcript[i] for i in at),
+            sample_rate=self.sample_rate,
             metadata=None if self.metadata is None else tuple(self.metadata[i] for i in at),
         )
 
@@ -87,6 +103,8 @@ class Prompts:
             tuple(text for part in parts for text in part.text),
             None if first.image is None else torch.cat([part.image for part in parts if part.image is not None]),
             None if first.mask is None else torch.cat([part.mask for part in parts if part.mask is not None]),
+            None if first.transcript is None else tuple(said for part in parts for said in part.transcript or ()),
+            first.sample_rate,
             None if first.metadata is None else tuple(m for part in parts for m in part.metadata or ()),
         )
 
@@ -298,7 +316,22 @@ class PicturePolicy(Policy, Protocol):
     width: int
 
     @property
-    def takes(self) -> tuple[PictureField, ...]: ...
+    def takes(self) -> tuple[PromptField, ...]: ...
+
+
+@runtime_checkable
+class SoundPolicy(Policy, Protocol):
+    """A policy of sounds of `samples` samples at `sample_rate` Hz, whose prompts come with what it takes: nothing, or a transcript.
+
+    `media` are float (B, samples) in [-1, 1]. `unspeakable` says why a transcript cannot be said, None where it can.
+    """
+
+    sample_rate: int
+    samples: int
+
+    @property
+    def takes(self) -> tuple[PromptField, ...]: ...
+    def unspeakable(self, transcript: str) -> str | None: ...
 
 
 @runtime_checkable
@@ -310,7 +343,7 @@ class EditingPolicy(PicturePolicy, Protocol):
 
 @runtime_checkable
 class Reward(Protocol):
-    """`(media, prompts) -> (B,)`, higher is better. Images are float (B, 3, H, W) in [0, 1]."""
+    """`(media, prompts) -> (B,)`, higher is better. Images are float (B, 3, H, W) in [0, 1], sounds float (B, samples) in [-1, 1]."""
 
     @property
     def differentiable(self) -> bool: ...
@@ -318,6 +351,14 @@ class Reward(Protocol):
     def modality(self) -> Modality: ...
 
     def __call__(self, media: Tensor, prompts: Prompts) -> Tensor: ...
+
+
+@runtime_checkable
+class SoundReward(Reward, Protocol):
+    """A reward of sounds, which are brought to its `sample_rate` (Hz) before it is called; None: as they are, `prompts.sample_rate`."""
+
+    @property
+    def sample_rate(self) -> int | None: ...
 
 
 @runtime_checkable

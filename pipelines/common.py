@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffalign import bare
 from diffalign.errors import InputError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,6 +56,10 @@ TWO_ENCODERS = TextEncoding(
 @contextmanager
 def adapter_off(module: Any) -> Iterator[None]:
     """The base network, bit for bit, while the block runs."""
+    if "disable_adapters" not in dir(type(module)):
+        with bare.off(module):
+            yield
+        return
     module.disable_adapters()
     try:
         yield

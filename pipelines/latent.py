@@ -18,7 +18,7 @@ from diffalign.cache import Shelf, TextCache, fingerprint
 from diffalign.errors import InputError
 from diffalign.noise import draw_noise
 from diffalign.pipelines.common import adapter_off, decode_images, embed_images, frozen_copy, in_chunks, visiting
-from diffalign.types import Condition, Level, Modality, NoisePath, PictureField, Prompts
+from diffalign.types import Condition, Level, Modality, NoisePath, PromptField, Prompts
 
 Named = Mapping[str, Tensor]
 
@@ -40,16 +40,38 @@ def nothing(prompts: Prompts) -> tuple[Named, Named]:
     return {}, {}
 
 
+NULL = "null."  # before the names of what is cached for the unconditional branch
+
+
+def texts_of(prompts: Prompts) -> Sequence[str]:
+    return prompts.text
+
+
+def to_images(pipe: Any, x_0: Tensor) -> Tensor:
+    return decode_images(pipe.vae, x_0)
+
+
+def of_images(pipe: Any, images: Tensor) -> Tensor:
+    return embed_images(pipe.vae, images)
+
+
+def says_nothing(transcript: str) -> str | None:
+    return "this pipeline says nothing"
+
+
 @dataclass
 class LatentPolicy:
-    """A diffusers pipeline as a policy. Latents (B, C, H/8, W/8), images (B, 3, H, W) in [0, 1].
+    """A diffusers pipeline as a policy. Of pictures: latents (B, C, H/8, W/8), images (B, 3, H, W) in [0, 1]. Of sound: (B, *latent), and
+    waveforms (B, samples) in [-1, 1] at `sample_rate`; height and width are 0 then, as these two are of pictures.
 
     The pipeline's modules are used as they are, never copied; what trains is `pipe.<component>`. `network(x_t, t, tensors)` runs it, t
     (B,) being diffusers' timesteps. `show(prompts)` is what it is shown besides text, with guidance and in the unconditional branch.
     `branches` and `mix` are its guidance; `told` is the guidance that a distilled network is told. `zeros_for_none`: without a negative
-    prompt the unconditional branch is zeros. `encoders` are the pipeline's text encoders, each with its tokenizer, `tokens` the length
-    of a text where it can be chosen. The network computes in `dtype`; `came` is the dtype of each component before it was wrapped.
-    `notes` are what a person should be told.
+    prompt the unconditional branch is zeros. `keys` are what the cache of texts knows prompts by; where it holds the unconditional branch
+    of each too, under names with `NULL` before them, that is taken. `encoders` are the pipeline's text encoders, each with its tokenizer,
+    `tokens` the length of a text where it can be chosen. The network computes in `dtype`; `came` is the dtype of each component before it
+    was wrapped. `decoder` and `embedder` go from latents to media and back, through the pipeline's `coders`; `coding` is what they compute
+    besides the weights. `uneven`: one batch may take more calls of the network than another. `notes` are what a person should be told.
     """
 
     pipe: Any
@@ -61,11 +83,22 @@ class LatentPolicy:
     encoders: Mapping[str, str]
     guidance_scale: float
     negative_prompt: str | None
-    height: int
-    width: int
     dtype: torch.dtype
+    height: int = 0
+    width: int = 0
+    modality: Modality = "image"
+    sample_rate: int = 0
+    samples: int = 0
+    latent: tuple[int, ...] | None = None
+    decoder: Callable[[Any, Tensor], Tensor] = to_images
+    embedder: Callable[[Any, Tensor], Tensor] = of_images
+    coders: tuple[str, ...] = ("vae",)
+    coding: tuple[object, ...] = ()
+    unspeakable: Callable[[str], str | None] = says_nothing
+    keys: Callable[[Prompts], Sequence[str]] = texts_of
+    uneven: bool = False
     came: Mapping[str, torch.dtype] = field(default_factory=dict[str, torch.dtype])
-    takes: tuple[PictureField, ...] = ()
+    takes: tuple[PromptField, ...] = ()
     show: Callable[[Prompts], tuple[Named, Named]] = nothing
     branches: Callable[[Condition], list[Named]] = without_and_with
     mix: Callable[[Sequence[Tensor], float, float], Tensor] = classifier_free
@@ -79,10 +112,6 @@ class LatentPolicy:
     undo: ExitStack = field(default_factory=ExitStack, repr=False)
     frozen: Any = field(default=None, repr=False)
     plain: Any = field(default=None, repr=False)
-
-    @property
-    def modality(self) -> Modality:
-        return "image"
 
     @property
     def module(self) -> Any:
@@ -102,6 +131,11 @@ class LatentPolicy:
             self.frozen = frozen_copy(self.module)
             self.module.float().requires_grad_(True)
             return
+        if self.uneven:
+            raise InputError(
+                f"fsdp: a {type(self.module).__name__} is called as often as a batch has lengths of text, and processes would wait "
+                "for one another for ever. Drop --fsdp."
+            )
         self.module.float().requires_grad_(True)
         self.plain = fsdp.skeleton(self.module)
         fsdp.shard(self.module, mesh)
@@ -147,14 +181,16 @@ class LatentPolicy:
     def encode(self, prompts: Prompts) -> Condition:
         """Text embeddings, from the cache where they are known, and what the family shows of pictures, masks and sizes.
 
-        Raises InputError for prompts without the pictures that the family takes.
+        Raises InputError for prompts without the pictures or transcripts that the family takes.
         """
-        texts = self.texts(prompts.text)
-        with self._vae() if self.takes else nullcontext():
+        found = self.texts(self.keys(prompts))
+        texts = {name: value for name, value in found.items() if not name.startswith(NULL)}
+        with self._vae() if {"image", "mask"} & {*self.takes} else nullcontext():
             shown, unshown = self.show(prompts)
         if self.guidance_scale <= 1:
             return Condition({**texts, **shown}, guidance_scale=self.told or 1.0)  # stored trajectories record it
-        return Condition({**texts, **shown}, {**self._no_text(texts), **unshown}, self.guidance_scale)
+        null = {name.removeprefix(NULL): value for name, value in found.items() if name.startswith(NULL)}
+        return Condition({**texts, **shown}, {**(null or self._no_text(texts)), **unshown}, self.guidance_scale)
 
     def _no_text(self, texts: Named) -> dict[str, Tensor]:
         """The unconditional branch's embeddings: of the negative prompt; without one of the empty text, or zeros."""
@@ -173,9 +209,11 @@ class LatentPolicy:
 
     def prior(self, condition: Condition, rng: Generator | None = None) -> Tensor:
         """x_T ~ N(0, I), (B, *latent)."""
-        channels, factor = self.pipe.vae.config.latent_channels, self.pipe.vae_scale_factor
-        shape = (len(condition), channels, self.height // factor, self.width // factor)
-        return draw_noise(shape, condition.tensors["encoder_hidden_states"], rng)
+        latent = self.latent
+        if latent is None:
+            channels, factor = self.pipe.vae.config.latent_channels, self.pipe.vae_scale_factor
+            latent = (channels, self.height // factor, self.width // factor)
+        return draw_noise((len(condition), *latent), condition.tensors["encoder_hidden_states"], rng)
 
     def predict(self, x_t: Tensor, at: Level, condition: Condition) -> Tensor:
         """The network's guided output in fp32, (B, *latent); with guidance all branches go through in one call."""
@@ -194,14 +232,15 @@ class LatentPolicy:
             return self.network(x_t, t, tensors).to(x_t.dtype)
 
     def decode(self, x_0: Tensor) -> Tensor:
-        """Latents to images (B, 3, H, W) in [0, 1], fp32, computed in the VAE's dtype, with a graph where one is wanted."""
+        """Latents to images (B, 3, H, W) in [0, 1] or sounds (B, samples) in [-1, 1], fp32, computed in the VAE's dtype, with a graph where
+        one is wanted."""
         with self._vae(stays=torch.is_grad_enabled() and x_0.requires_grad):
-            return in_chunks(partial(decode_images, self.pipe.vae), x_0, self.vae_batch_size)
+            return in_chunks(partial(self.decoder, self.pipe), x_0, self.vae_batch_size)
 
     def embed(self, media: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to x_0, fp32: the mode of the VAE's posterior."""
+        """Images (B, 3, H, W) in [0, 1] or sounds (B, samples) in [-1, 1] to x_0, fp32: the mode of the VAE's posterior."""
         with self._vae(stays=torch.is_grad_enabled() and media.requires_grad):
-            return in_chunks(partial(embed_images, self.pipe.vae), media, self.vae_batch_size)
+            return in_chunks(partial(self.embedder, self.pipe), media, self.vae_batch_size)
 
     def offload(self, home: torch.device) -> None:
         """Text encoders and VAE live at `home`, and come to the network's device while they work."""
@@ -214,23 +253,28 @@ class LatentPolicy:
         self.undo.callback(setattr, texts, "encode", encode)
         self.undo.callback(setattr, self, "vae_home", None)
         texts.encode, self.vae_home = encode_there, home
-        for module in (*modules, self.pipe.vae):
+        for module in (*modules, *self._coders()):
             module.to(home)
 
     def _encoders(self) -> list[Any]:
         return [module for name in self.encoders if (module := getattr(self.pipe, name)) is not None]
 
+    def _coders(self) -> list[Any]:
+        return [getattr(self.pipe, name) for name in self.coders]
+
     @contextmanager
     def _vae(self, stays: bool = False) -> Iterator[None]:
-        """The VAE on the network's device while the block runs; for good where it `stays`, since a backward pass will want it there."""
+        """The VAE, and what works with it, on the network's device while the block runs; for good where it `stays`, since a backward pass
+        will want it there."""
         if stays and self.vae_home is not None:
-            self.pipe.vae.to(self.module.device)
+            for module in self._coders():
+                module.to(self.module.device)
             self.vae_home = None
-        with visiting([self.pipe.vae], self.module.device, self.vae_home):
+        with visiting(self._coders(), self.module.device, self.vae_home):
             yield
 
     def shelve(self, root: Path) -> Shelf:
-        """Keep text embeddings under `root` from now on; the shelf there of the VAE's latents of pictures of this size.
+        """Keep text embeddings under `root` from now on; the shelf there of the VAE's latents of media of this size.
 
         Both are named after what they are computed with, so a shelf of another model, or of another precision, is another one.
         """
@@ -240,9 +284,10 @@ class LatentPolicy:
                 module, words = getattr(self.pipe, encoder), getattr(self.pipe, tokenizer)
                 marks.append("none" if module is None else fingerprint(module, sorted(words.get_vocab().items()), words.model_max_length))
             statistics = [self.pipe.vae.config.get(name) for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")]
-            mark = fingerprint(self.pipe.vae, *(value for value in (*statistics, *self._how()) if value is not None))
+            mark = fingerprint(self.pipe.vae, *(value for value in (*statistics, *self._how(), *self.coding) if value is not None))
         self.texts.shelf = Shelf(root / "texts" / "-".join(marks))
-        return Shelf(root / "latents" / f"{mark}-{self.height}x{self.width}")
+        size = f"{self.height}x{self.width}" if self.modality == "image" else f"{self.samples}at{self.sample_rate}"
+        return Shelf(root / "latents" / f"{mark}-{size}")
 
     def _how(self) -> list[str | None]:
         """What changes the last bits of the VAE's latents, where it is another than usual."""

@@ -39,7 +39,7 @@ def stable_diffusion(seed: int = 0, unet: dict[str, Any] | None = None, **schedu
     """`scheduler` overrides SD 1.5's scheduler configuration, `unet` the network's."""
     from diffusers import StableDiffusionPipeline
 
-    return _quiet(StableDiffusionPipeline(**_parts(seed, unet or {}, scheduler), **UNCHECKED))
+    return quiet(StableDiffusionPipeline(**_parts(seed, unet or {}, scheduler), **UNCHECKED))
 
 
 def sdxl(seed: int = 0, unet: dict[str, Any] | None = None, force_zeros_for_empty_prompt: bool = True, **scheduler: Any) -> Any:
@@ -47,7 +47,7 @@ def sdxl(seed: int = 0, unet: dict[str, Any] | None = None, force_zeros_for_empt
     from diffusers import StableDiffusionXLPipeline
 
     zeros = {"force_zeros_for_empty_prompt": force_zeros_for_empty_prompt}
-    return _quiet(StableDiffusionXLPipeline(**_xl_parts(seed, unet or {}, scheduler), **zeros, add_watermarker=False))
+    return quiet(StableDiffusionXLPipeline(**_xl_parts(seed, unet or {}, scheduler), **zeros, add_watermarker=False))
 
 
 def instruct_pix2pix(seed: int = 0, **scheduler: Any) -> Any:
@@ -56,14 +56,14 @@ def instruct_pix2pix(seed: int = 0, **scheduler: Any) -> Any:
 
     parts = {**stable_diffusion(seed, **scheduler).components, "image_encoder": None}
     unet = UNet2DConditionModel.from_config({**parts["unet"].config, "in_channels": 8})
-    return _quiet(StableDiffusionInstructPix2PixPipeline(**{**parts, "unet": unet}, requires_safety_checker=False))
+    return quiet(StableDiffusionInstructPix2PixPipeline(**{**parts, "unet": unet}, requires_safety_checker=False))
 
 
 def instruct_pix2pix_xl(seed: int = 0, is_cosxl_edit: bool = False, **scheduler: Any) -> Any:
     from diffusers import StableDiffusionXLInstructPix2PixPipeline
 
     parts = _xl_parts(seed, {"in_channels": 8}, scheduler)
-    return _quiet(StableDiffusionXLInstructPix2PixPipeline(**parts, is_cosxl_edit=is_cosxl_edit, add_watermarker=False))
+    return quiet(StableDiffusionXLInstructPix2PixPipeline(**parts, is_cosxl_edit=is_cosxl_edit, add_watermarker=False))
 
 
 def inpaint(seed: int = 0, unet: dict[str, Any] | None = None, certain: bool = True, **scheduler: Any) -> Any:
@@ -71,13 +71,13 @@ def inpaint(seed: int = 0, unet: dict[str, Any] | None = None, certain: bool = T
     from diffusers import StableDiffusionInpaintPipeline
 
     parts = _parts(seed, {"in_channels": 9, **(unet or {})}, scheduler)
-    return _quiet(StableDiffusionInpaintPipeline(**(_certain(parts) if certain else parts), **UNCHECKED))
+    return quiet(StableDiffusionInpaintPipeline(**(_certain(parts) if certain else parts), **UNCHECKED))
 
 
 def inpaint_xl(seed: int = 0, **scheduler: Any) -> Any:
     from diffusers import StableDiffusionXLInpaintPipeline
 
-    return _quiet(StableDiffusionXLInpaintPipeline(**_certain(_xl_parts(seed, {"in_channels": 9}, scheduler)), add_watermarker=False))
+    return quiet(StableDiffusionXLInpaintPipeline(**_certain(_xl_parts(seed, {"in_channels": 9}, scheduler)), add_watermarker=False))
 
 
 def sd3(seed: int = 0, t5: bool = True, transformer: dict[str, Any] | None = None, **scheduler: Any) -> Any:
@@ -94,10 +94,10 @@ def sd3(seed: int = 0, t5: bool = True, transformer: dict[str, Any] | None = Non
     network = SD3Transformer2DModel(**{**config, **(transformer or {})})
     clips = {f"text_encoder{n}": CLIPTextModelWithProjection(CLIPTextConfig(**TEXT, projection_dim=16)) for n in ("", "_2")}
     tokenizers = {f"tokenizer{n}": _clip_tokenizer() for n in ("", "_2")}
-    third = _t5() if t5 else (None, None)
-    return _quiet(
+    third = text_t5() if t5 else (None, None)
+    return quiet(
         StableDiffusion3Pipeline(
-            transformer=_awake(network), scheduler=_scheduler({"shift": 3.0, **scheduler}), vae=_vae(**FLOW_VAE), **clips, **tokenizers,
+            transformer=awake(network), scheduler=flow({"shift": 3.0, **scheduler}), vae=a_vae(**FLOW_VAE), **clips, **tokenizers,
             text_encoder_3=third[0], tokenizer_3=third[1],
         )
     )  # fmt: skip
@@ -114,14 +114,14 @@ def flux(seed: int = 0, guidance_embeds: bool = True, transformer: dict[str, Any
         joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=guidance_embeds, axes_dims_rope=(2, 2, 4),
     )  # fmt: skip
     network = FluxTransformer2DModel(**{**config, **(transformer or {})})
-    clip, (t5, words) = CLIPTextModel(CLIPTextConfig(**TEXT, projection_dim=16)), _t5()
+    clip, (t5, words) = CLIPTextModel(CLIPTextConfig(**TEXT, projection_dim=16)), text_t5()
     dynamic = {"shift": 3.0, "use_dynamic_shifting": True}
     pipe = FluxPipeline(
-        transformer=_awake(network), scheduler=_scheduler({**dynamic, **scheduler}), vae=_vae(**FLOW_VAE), text_encoder=clip,
+        transformer=awake(network), scheduler=flow({**dynamic, **scheduler}), vae=a_vae(**FLOW_VAE), text_encoder=clip,
         tokenizer=_clip_tokenizer(), text_encoder_2=t5, tokenizer_2=words,
     )  # fmt: skip
     pipe.default_sample_size = 8
-    return _quiet(pipe)
+    return quiet(pipe)
 
 
 def z_image(seed: int = 0, transformer: dict[str, Any] | None = None, **scheduler: Any) -> Any:
@@ -140,11 +140,11 @@ def z_image(seed: int = 0, transformer: dict[str, Any] | None = None, **schedule
         head_dim=8, max_position_embeddings=64,
     )  # fmt: skip
     pipe = ZImagePipeline(
-        transformer=_awake(network), scheduler=_scheduler({"shift": 3.0, **scheduler}), vae=_vae(**FLOW_VAE),
+        transformer=awake(network), scheduler=flow({"shift": 3.0, **scheduler}), vae=a_vae(**FLOW_VAE),
         text_encoder=Qwen3Model(language), tokenizer=words,
     )  # fmt: skip
     pipe.default_sample_size = 8
-    return _quiet(pipe)
+    return quiet(pipe)
 
 
 def _parts(seed: int, unet: dict[str, Any], scheduler: dict[str, Any]) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def _parts(seed: int, unet: dict[str, Any], scheduler: dict[str, Any]) -> dict[s
     text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT))
     network = UNet2DConditionModel(**{**UNET, **unet})
     steps = DDIMScheduler(**{**SCHEDULER, **scheduler})
-    return {"vae": _vae(), "text_encoder": text_encoder, "tokenizer": _clip_tokenizer(), "unet": network, "scheduler": steps}
+    return {"vae": a_vae(), "text_encoder": text_encoder, "tokenizer": _clip_tokenizer(), "unet": network, "scheduler": steps}
 
 
 def _xl_parts(seed: int, unet: dict[str, Any], scheduler: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def _certain(parts: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _awake(network: Any) -> Any:
+def awake(network: Any) -> Any:
     """With random weights of a size at which text, guidance and time matter to the velocity."""
     for name, p in network.named_parameters():
         if p.ndim == 2:
@@ -182,18 +182,18 @@ def _awake(network: Any) -> Any:
     return network
 
 
-def _scheduler(config: dict[str, Any]) -> Any:
+def flow(config: dict[str, Any]) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(**config)
 
 
-def _vae(**config: Any) -> Any:
+def a_vae(**config: Any) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
         block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4, norm_num_groups=4, sample_size=16, **config,
+        latent_channels=4, norm_num_groups=4, **{"sample_size": 16, **config},
     )  # fmt: skip
 
 
@@ -216,16 +216,16 @@ def _chat_tokenizer() -> Any:
     return words
 
 
-def _t5() -> tuple[Any, Any]:
+def text_t5(**config: Any) -> tuple[Any, Any]:
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -2.0) for c in LETTERS)]
-    words = T5Tokenizer(vocab=pieces, extra_ids=0)
-    config = T5Config(vocab_size=len(pieces), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu")
-    return T5EncoderModel(config), words
+    words = T5Tokenizer(vocab=pieces, extra_ids=0, **config)
+    small = T5Config(vocab_size=len(pieces), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu")
+    return T5EncoderModel(small), words
 
 
-def _quiet(pipe: Any) -> Any:
+def quiet(pipe: Any) -> Any:
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.eval()  # as from_pretrained leaves it: T5 has dropout

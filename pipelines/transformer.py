@@ -14,6 +14,7 @@ from diffalign.errors import InputError
 from diffalign.noise import RectifiedFlow, path_of
 from diffalign.pipelines.common import PRECISIONS, check_size, dtypes_of, freeze, notes_of, vae_dtype
 from diffalign.pipelines.latent import LatentPolicy, Named
+from diffalign.types import Modality
 
 OWN_GUIDANCE = 3.5  # what FLUX.1-dev is told by default
 ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
@@ -49,6 +50,7 @@ class TransformerFamily:
     spare: tuple[str, ...] = ()
     spacing: Literal["scheduler", "linear"] = "scheduler"
     distilled: bool = False
+    modality: Modality = "image"
     tiny: Callable[[], Any] | None = None
 
     def of(

@@ -14,7 +14,7 @@ from diffalign.errors import InputError
 from diffalign.noise import path_of
 from diffalign.pipelines.common import PRECISIONS, TextEncoding, dtypes_of, freeze, notes_of, own_size, vae_dtype
 from diffalign.pipelines.latent import LatentPolicy, Named, classifier_free, without_and_with
-from diffalign.types import Condition, PictureField, Prompts
+from diffalign.types import Condition, Modality, PromptField, Prompts
 
 Size = tuple[int, int]
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -34,7 +34,8 @@ class UNetFamily:
     """
 
     texts: TextEncoding
-    takes: tuple[PictureField, ...] = ()
+    modality: Modality = "image"
+    takes: tuple[PromptField, ...] = ()
     beside: tuple[str, ...] = ()
     show: Callable[[Any, Prompts], tuple[Named, Named]] = no_picture
     branches: Callable[[Condition], list[Named]] = without_and_with

@@ -46,6 +46,25 @@ def fetch(repo: str, file: str, revision: str, local: Path | None, sha256: str |
     return path
 
 
+def fetch_url(url: str, local: Path | None, sha256: str | None = None) -> Path:
+    """The user's file `local`, or a file that is no Hub's, kept where torch.hub keeps such; InputError where it is none, or another one."""
+    name = url.rpartition("/")[2]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name if local is None else local.expanduser()
+    if local is not None and not path.is_file():
+        raise InputError(f"There is no file {path}: --reward.checkpoint takes the path of {name}.")
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), progress=False)
+        except Exception as error:
+            raise InputError(
+                f"{name} could not be fetched ({type(error).__name__}). Where there is no network, download {url} elsewhere and name the "
+                "file: --reward.checkpoint FILE."
+            ) from error
+    check_sha256(path, sha256)
+    return path
+
+
 def snapshot(repo: str, revision: str, local: Path | None, flag: str, patterns: Sequence[str]) -> Path:
     """The user's folder `local`, or one with the files of a Hub repository that fit the patterns. InputError where there is none."""
     if local is not None:
@@ -172,8 +191,11 @@ def build(model_class: Any, config: Any, state: Mapping[str, Tensor], dtype: tor
     return model.eval().requires_grad_(False)
 
 
-def load(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """A transformers network from a folder, frozen. Raises InputError where it does not load, or weights are missing."""
+def load(model_class: Any, folder: Path, dtype: torch.dtype, unused: str | None = None) -> Any:
+    """A transformers network from a folder, frozen. Raises InputError where it does not load, or weights are missing.
+
+    `unused` is a pattern of the weights that are of training alone: published files often lack them.
+    """
     try:
         with quiet():
             model, said = model_class.from_pretrained(
@@ -181,8 +203,9 @@ def load(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
             )
     except Exception as error:
         raise InputError(f"The model in {folder} does not load: {_said(error)} Fetch or save it again.") from error
-    if said["missing_keys"]:
-        raise InputError(f"The model in {folder} lacks {len(said['missing_keys'])} weights: {_some(sorted(said['missing_keys']))}.")
+    missing = sorted(key for key in said["missing_keys"] if unused is None or not re.search(unused, key))
+    if missing:
+        raise InputError(f"The model in {folder} lacks {len(missing)} weights: {_some(missing)}.")
     if said["mismatched_keys"]:
         shapes = [f"{key} {tuple(theirs)}, not {tuple(ours)}" for key, theirs, ours in sorted(said["mismatched_keys"])]
         raise InputError(f"The model in {folder} has weights of another shape than its config.json says: {_some(shapes)}.")

@@ -557,7 +557,7 @@ def test_labels_of_one_picture_contradict(tmp_path: Path, policy: LatentPolicy) 
     pictures(tmp_path, 0, 1)
     rows = [{"prompt": "a", "image": "0.png", "label": True}, {"prompt": "a", "image": "0.png", "label": False}]
     lines(tmp_path / "labels.jsonl", *rows)
-    with pytest.raises(InputError, match="a picture of 'a' is labelled true in one row, and false in another"):
+    with pytest.raises(InputError, match="an answer to 'a' is labelled true in one row, and false in another"):
         read(tmp_path, policy, "labels")
     said: list[str] = []
     assert len(read(tmp_path, policy, "labels", skip=True, say=said.append)[0]) == 1

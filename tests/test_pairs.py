@@ -160,7 +160,7 @@ def test_samples_that_tie_are_no_pair(files: Path, tmp_path: Path, capsys: pytes
         ({"reward": "nothing"}, "There is no reward 'nothing'"),
         ({"pipe": "./nowhere"}, "There is no model './nowhere'"),
         ({"stepps": 3}, "There is no setting 'stepps'"),
-        ({"reward": FunctionReward(red, modality="audio")}, "judges audio"),
+        ({"reward": FunctionReward(red, modality="audio")}, "judges sound"),
     ],
 )
 def test_bad_input_leaves_nothing_behind(given: dict[str, Any], message: str, files: Path, tmp_path: Path) -> None:

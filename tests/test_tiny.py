@@ -23,7 +23,7 @@ from diffalign.models import class_of, open_pipeline
 from diffalign.registry import Entry
 from diffalign.rewards.hps import HPS
 from diffalign.settings import Settings
-from diffalign.types import PictureField
+from diffalign.types import PromptField
 
 HUB = {"pipeline": "nobody/nothing", "tiny": True}
 
@@ -123,7 +123,7 @@ def test_what_is_here_is_read_and_what_is_not_is_made_up(tmp_path: Path) -> None
     assert tiny.made(settings, str(tmp_path / "missing"))
     assert not tiny.made(replace(settings, tiny=False), "hf:nobody/nothing/p.txt")
     assert all(isinstance(prompt, str) for prompt in tiny.prompts(()))
-    both: list[tuple[PictureField, ...]] = [("image",), ("image", "mask")]
+    both: list[tuple[PromptField, ...]] = [("image",), ("image", "mask")]
     for takes in both:
         made = tiny.prompts(takes)
         assert made == tiny.prompts(takes)

@@ -2,9 +2,9 @@
 
 COMMANDS = {
     "train": "align a model with a reward",
-    "sample": "pictures of a prompt, before and after",
+    "sample": "pictures or sounds of a prompt, before and after",
     "eval": "held-out rewards of a run, before and after",
-    "score": "score pictures that exist",
+    "score": "score pictures or sounds that exist",
     "pairs": "preference pairs from a model's samples and a reward, for the offline methods",
     "edits": "a model's own edits, good and bad, for HIVE",
     "export": "a run's LoRA as one file for AUTOMATIC1111, ComfyUI and the like",

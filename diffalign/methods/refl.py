@@ -96,7 +96,9 @@ class ReFL:
         pool = context.memory["pretrain"]
         rows = draw_rows(len(batch), context.rng, lambda n: torch.randint(len(pool["prompts"]), (n,), generator=context.rng))
         x_0 = pool["x_0"][rows].to(next(policy.module.parameters()).device)
-        sources = {name: pool[name][rows] for name in ("image", "mask") if name in pool}
+        sources: dict[str, Any] = {name: pool[name][rows] for name in ("image", "mask") if name in pool}
+        if "transcript" in pool:
+            sources["transcript"] = tuple(pool["transcript"][i] for i in rows.tolist())
         return x_0, Prompts(tuple(pool["prompts"][i] for i in rows.tolist()), **sources)
 
     @torch.no_grad()
@@ -111,4 +113,5 @@ class ReFL:
         x_0 = everyone(torch.cat(finals), context.processes, len(batch))
         prompts = everyones_prompts(Prompts.join(batches), context.processes, len(batch), x_0.device)
         pool = {"x_0": x_0.cpu(), "prompts": list(prompts.text), "image": prompts.image, "mask": prompts.mask}
+        pool |= {"transcript": None if prompts.transcript is None else list(prompts.transcript)}
         return {name: value for name, value in pool.items() if value is not None}

@@ -1,0 +1,176 @@
+"""LongCat-AudioDiT (Meituan, 2026): speech by flow matching, a transformer on the latents of a waveform VAE. The prompt is what is said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffalign.cache import TextCache
+from diffalign.errors import InputError
+from diffalign.noise import RectifiedFlow, path_of
+from diffalign.pipelines.common import PRECISIONS, dtypes_of, freeze
+from diffalign.pipelines.latent import NULL, LatentPolicy, Named
+from diffalign.pipelines.sound import check_given, check_parts, check_said, check_tokens
+from diffalign.pipelines.tiny_sound import longcat_audio
+from diffalign.pipelines.unet import ATTENTION
+from diffalign.sound import fit
+from diffalign.types import Modality, Prompts
+
+NAMES = ("encoder_hidden_states", "lengths")
+TOKENS, SECONDS = 256, 5.0
+
+
+@dataclass(frozen=True)
+class LongCatAudioFamily:
+    """Pipelines of LongCat-AudioDiT; `of` makes a policy of a live one. `tiny` makes one with random weights, for dry runs."""
+
+    modality: Modality = "audio"
+    tiny: Callable[[], Any] | None = None
+
+    def of(
+        self,
+        pipe: Any,
+        *,
+        guidance_scale: float = 4.0,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        audio_seconds: float | None = None,
+        max_sequence_length: int | None = None,
+        precision: str = "fp32",
+        vae_precision: str = "fp32",
+        device: str | torch.device = "cpu",
+    ) -> LatentPolicy:
+        """Wrap a live pipeline: moves it to `device`, its transformer and text encoder to `precision`, its VAE to `vae_precision`.
+
+        Latents are (B, frames, channels), one length for all prompts: `audio_seconds`, by default 5. Without a `negative_prompt` the
+        unconditional branch is zeros of the prompt's length, as in the pipeline. Raises InputError for what this pipeline does not take.
+        """
+        check_given(pipe, height, width, audio_seconds)
+        check_parts(pipe, "transformer", "vae", "text_encoder", "tokenizer")
+        channels, vae = pipe.latent_dim, pipe.vae.config
+        if vae.latent_dim != channels:
+            raise InputError(
+                f"The transformer has latents of {channels} channels, and the VAE of {vae.latent_dim}: load one checkpoint's parts."
+            )
+        seconds = SECONDS if audio_seconds is None else audio_seconds
+        frames = int(seconds * pipe.sample_rate // pipe.vae_scale_factor)
+        most = int(pipe.max_wav_duration * pipe.sample_rate // pipe.vae_scale_factor)
+        if not 1 <= frames <= most:
+            each = pipe.vae_scale_factor / pipe.sample_rate
+            raise InputError(f"audio_seconds is {seconds:g}: this model makes sounds of {each:.3g} to {pipe.max_wav_duration:g} s.")
+        path, tokens = _path(pipe.scheduler), max_sequence_length or TOKENS
+        dtype, came, coder = PRECISIONS[precision], dtypes_of(pipe), PRECISIONS[vae_precision]
+        for name, kind in {"vae": coder, "transformer": dtype, "text_encoder": dtype}.items():
+            freeze(getattr(pipe, name), device, kind)
+        inverted, guided, samples = pipe.scheduler.config.invert_sigmas, guidance_scale > 1, frames * pipe.vae_scale_factor
+        names = (*NAMES, *(NULL + name for name in NAMES)) if guided else NAMES
+        mark = "" if negative_prompt is None else f"\0{negative_prompt}"
+
+        @torch.no_grad()
+        def encode(keys: list[str]) -> list[Tensor]:
+            known = {key: _encode(pipe, key, tokens, guided, device) for key in dict.fromkeys(keys)}
+            return [torch.stack([known[key][i] for key in keys]).float() for i in range(len(names))]
+
+        def keys(prompts: Prompts) -> list[str]:
+            check_said(prompts, False)
+            return [text + mark for text in prompts.text]
+
+        def embed(pipe: Any, waveforms: Tensor) -> Tensor:
+            found = pipe.vae.encode(fit(waveforms, samples)[:, None], sample_posterior=False).latents
+            return found.permute(0, 2, 1).float()
+
+        def decode(pipe: Any, x_0: Tensor) -> Tensor:
+            return pipe.vae.decode(x_0.permute(0, 2, 1)).sample.float()[:, 0].clamp(-1, 1)
+
+        length = (
+            f"Every sound has {samples / pipe.sample_rate:.3g} s; in the pipeline's own call as many as the text takes: --audio-seconds."
+        )
+        return LatentPolicy(
+            pipe=pipe,
+            component="transformer",
+            lora_targets=list(ATTENTION),
+            network=lambda x_t, t, tensors: _velocity(pipe, x_t, t, tensors, inverted),
+            path=path,
+            texts=TextCache(encode, device, names, capacity=256),
+            encoders={"text_encoder": "tokenizer"},
+            keys=keys,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            tokens=tokens,
+            modality="audio",
+            sample_rate=pipe.sample_rate,
+            samples=samples,
+            latent=(frames, channels),
+            decoder=decode,
+            embedder=embed,
+            coding=(vae.scale,),
+            uneven=True,
+            dtype=dtype,
+            came=came,
+            notes=(length,) if audio_seconds is None else (),
+        )
+
+
+def _encode(pipe: Any, key: str, tokens: int, guided: bool, device: str | torch.device) -> list[Tensor]:
+    """A prompt's tokens, (`tokens`, width) with zeros behind them, and how many there are; with guidance the same of the unconditional
+    branch. An empty prompt is one token of zeros, as training with dropped text wants it."""
+    from diffusers.pipelines.longcat_audio_dit.pipeline_longcat_audio_dit import _normalize_text
+
+    text, named, negative = key.partition("\0")
+    words = pipe.encode_prompt([_normalize_text(text)], device)[0][0]
+    words = words if text else torch.zeros_like(words[:1])
+    unsaid = pipe.encode_prompt([negative], device)[0][0] if named else torch.zeros_like(words)
+    found = list[Tensor]()
+    for words_, whose in ((words, text), (unsaid, negative))[: 1 + guided]:
+        check_tokens(whose, len(words_), tokens)
+        found += [F.pad(words_, (0, 0, 0, tokens - len(words_))), torch.tensor(len(words_), device=device)]
+    return found
+
+
+def _velocity(pipe: Any, x_t: Tensor, t: Tensor, tensors: Named, inverted: bool) -> Tensor:
+    """Rows of one length of text go through together, without padding: the network's text layers would mix it into the text.
+
+    With `inverted` sigmas its time runs from noise to data, and so does its velocity.
+    """
+    lengths = [int(n) for n in tensors["lengths"].tolist()]
+    order, parts = list[int](), list[Tensor]()
+    for length in dict.fromkeys(lengths):
+        rows = [i for i, n in enumerate(lengths) if n == length]
+        x, words = x_t[rows], tensors["encoder_hidden_states"][rows, :length]
+        time = (1000 - t[rows]) / 1000 if inverted else t[rows] / 1000
+        parts.append(
+            pipe.transformer(
+                hidden_states=x,
+                encoder_hidden_states=words,
+                encoder_attention_mask=torch.ones(words.shape[:2], dtype=torch.bool, device=x.device),
+                timestep=time,
+                attention_mask=torch.ones(x.shape[:2], dtype=torch.bool, device=x.device),
+                latent_cond=torch.zeros_like(x),
+            ).sample
+        )
+        order += rows
+    velocity = torch.cat(parts)[torch.tensor(order, device=x_t.device).argsort()]
+    return -velocity if inverted else velocity
+
+
+def _path(scheduler: Any) -> RectifiedFlow:
+    """The path of the pipeline's scheduler, from noise to data: its own call gives it sigmas 1 to 1 / T, and may turn them around."""
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        raise InputError(f"LongCatAudioDiTPipeline is sampled with a FlowMatchEulerDiscreteScheduler, not {type(scheduler).__name__}.")
+    config: Any = scheduler.config
+    if config.use_dynamic_shifting:
+        raise InputError("This scheduler shifts by the resolution (use_dynamic_shifting), and the pipeline's call tells it none.")
+    path = path_of(FlowMatchEulerDiscreteScheduler.from_config({**config, "invert_sigmas": False}))
+    assert isinstance(path, RectifiedFlow)
+    return RectifiedFlow(path.scheduler, spacing="linear")
+
+
+LongCatAudio = LongCatAudioFamily(tiny=longcat_audio)
