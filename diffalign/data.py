@@ -105,7 +105,7 @@ def check_fit(prompts: Sequence[Prompt], policy: Policy) -> None:
     """Raise InputError for prompts that lack what the policy takes, bring what it does not take, or that it cannot say."""
     check_pictures(prompts, policy)
     check_transcripts(prompts, policy)
-    if isinstance(policy, SoundPolicy):
+    if isinstance(policy, SoundPolicy) and "transcript" in takes(policy):
         for prompt in prompts:
             why = policy.unspeakable(prompt.transcript) if isinstance(prompt, SpokenPrompt) else None
             if why is not None:
@@ -113,15 +113,22 @@ def check_fit(prompts: Sequence[Prompt], policy: Policy) -> None:
 
 
 def check_transcripts(prompts: Sequence[Prompt], policy: Policy | None) -> list[str]:
-    """The transcripts: of all prompts where the policy says some, else none; raises InputError where it is otherwise."""
+    """The transcripts, of all prompts or of none; raises InputError where the policy says them and one is lacking, or could not say one.
+
+    A policy of sound that is told its text alone may have prompts with transcripts that are in the text ("a man: seven" says "seven"):
+    its rewards hear for them.
+    """
     spoken = [prompt for prompt in prompts if isinstance(prompt, SpokenPrompt)]
-    if policy is None:
+    if policy is None or not prompts:
         return []
     if "transcript" not in takes(policy):
-        if spoken:
-            own = " It says the text itself: make that the prompt." if policy.modality == "audio" and not spoken[0].text else ""
-            raise InputError(f"This pipeline takes no transcript, and the prompt {caption_of(spoken[0])} comes with one. Drop it.{own}")
-        return []
+        unsaid = [p for p in spoken if policy.modality != "audio" or p.transcript.lower() not in p.text.lower()]
+        if unsaid:
+            own = (
+                " It says the text itself: write the prompt so that the transcript is in it." if policy.modality == "audio" else " Drop it."
+            )
+            raise InputError(f"This pipeline takes no transcript, and the prompt {caption_of(unsaid[0])} comes with one.{own}")
+        return [prompt.transcript if isinstance(prompt, SpokenPrompt) else text_of(prompt) for prompt in prompts] if spoken else []
     lacking = [prompt for prompt in prompts if not isinstance(prompt, SpokenPrompt)]
     if lacking:
         raise InputError(

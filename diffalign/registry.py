@@ -125,6 +125,9 @@ REWARDS = {
         "diffalign.rewards.speech:CTC", "Likelihood of the transcript, with the embedded recogniser.", "differentiable", DIGITS
     ),
     "digits-wer": Entry("diffalign.rewards.speech:ErrorRate", "Minus the word error rate, with the embedded one.", "score", DIGITS),
+    "digits-quality": Entry(
+        "diffalign.rewards.quality:Quality", "How clean speech is, by the embedded judge; reads no prompt.", "differentiable"
+    ),
     "mos": Entry("diffalign.rewards.mos:MOS", "UTMOS: the naturalness of speech, about 1 to 5; reads no prompt.", "differentiable"),
     "clap": Entry("diffalign.rewards.clap:CLAP", "Of sound: cosine with its description under CLAP.", "differentiable"),
     "si-sdr": Entry("diffalign.rewards.compared:SISDR", "Of sound: dB of signal over distortion beside a recording.", "differentiable"),
@@ -188,7 +191,7 @@ UNSUITED = {
     "and refine its pictures as before.",
 }
 PROMPTS = {"animals": Path(__file__).parent / "assets" / "prompts" / "animals.txt"}  # the 45 of DDPO (arXiv 2305.13301)
-MODELS = {name: Path(__file__).parent / "assets" / name for name in ("shapes", "shapes-edit", "shapes-flow")}
+MODELS = {name: Path(__file__).parent / "assets" / name for name in ("shapes", "shapes-edit", "shapes-flow", "digits")}
 TABLES: dict[Kind, dict[str, Entry]] = {"methods": METHODS, "rewards": REWARDS, "pipelines": PIPELINES}
 
 

@@ -23,9 +23,10 @@ def check_parts(pipe: Any, *parts: str) -> None:
 
 
 def check_said(prompts: Prompts, speech: bool) -> None:
-    """Raise InputError for transcripts that the pipeline would leave out."""
-    if prompts.transcript is not None and not speech:
-        raise InputError("This pipeline takes no transcript, and the prompts have some: of speech the text itself is what is said.")
+    """Raise InputError for transcripts that the pipeline would leave out: of those that are told the text alone, what is not in it."""
+    for text, said in zip(prompts.text, () if speech else prompts.transcript or (), strict=False):
+        if said.lower() not in text.lower():
+            raise InputError(f"This pipeline says the text itself, and the transcript '{said}' is not in '{text}'.")
 
 
 def check_tokens(text: str, found: int, tokens: int) -> None:

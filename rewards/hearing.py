@@ -19,7 +19,8 @@ from diffalign.types import Prompts
 LOUDEST = 1.5  # resampling overshoots where a sound is clipped; what is louder is on another scale
 MASKING = r"masked_spec_embed$"  # of training alone: published checkpoints often lack it
 DIGITS = "digits"
-RECOGNISER = Path(sound.__file__).parent / "assets" / DIGITS / "recogniser"
+ASSETS = Path(sound.__file__).parent / "assets" / DIGITS
+RECOGNISER = ASSETS / "recogniser"
 WAV2VEC2 = ("wav2vec2", "hubert", "wavlm")  # encoders of a waveform, by transformers' names of their types
 
 

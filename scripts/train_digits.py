@@ -3,8 +3,8 @@
     apt install espeak-ng
     python scripts/train_digits.py --threads 1            # stages: speech vae recogniser quality flow evaluate
 
-The model hears three voices; the recogniser and the judge hear others, at other speeds. One seed, the same files at every run on one machine
-with the same number of threads and the same espeak-ng.
+The model hears three voices; the recogniser and the judge hear others, at other speeds. One seed, the same files at every run on one
+machine with the same number of threads and the same espeak-ng.
 """
 
 # diffusers' annotations are wrong in these places
@@ -28,14 +28,19 @@ from torch.nn import functional as F
 from train_shapes import start, tidy, train_parts
 
 from diffalign import digits
+from diffalign.data import read_prompts
 from diffalign.digits import RATE, SAMPLES, VOICES, WORDS
+from diffalign.evaluate import sample, score
+from diffalign.inputs import named_rewards
+from diffalign.models import load_pipeline
+from diffalign.pipelines.longcat_audio import LongCatAudio
 
 STAGES = ("speech", "vae", "recogniser", "quality", "flow", "evaluate")
 ESPEAK = {"man": ("en-us+m3", 40), "woman": ("en-us+f2", 50), "child": ("en-us+f5", 85)}  # espeak-ng's voice, and its pitch
 ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-029", "en-gb-x-rp", "en-us-nyc")
 SPEAKERS = (
-    "m1", "m2", "m4", "m5", "m6", "m7", "m8", "f1", "f3", "f4", "Andy", "Annie", "Alicia", "belinda", "caleb", "Denis", "Diogo", "Gene", "Lee",
-    "linda", "max", "Michael", "pablo", "steph", "zac", "grandpa",
+    "m1", "m2", "m4", "m5", "m6", "m7", "m8", "f1", "f3", "f4", "Andy", "Annie", "Alicia", "belinda", "caleb", "Denis", "Diogo", "Gene",
+    "Lee", "linda", "max", "Michael", "pablo", "steph", "zac", "grandpa",
 )  # fmt: skip
 TAKES, OTHERS = 8, 12_000  # recordings of each prompt by the model's voices, and of the others in all
 LEVEL = 0.08  # root mean square of a recording
@@ -75,7 +80,7 @@ def say(text: str, voice: str, speed: int, pitch: int) -> Tensor:
 
 
 def record(wanted: Sequence[tuple[str, str, str, int, int]], rng: Generator) -> Speech:
-    """Recordings of (voice, words, espeak-ng's voice, speed, pitch), one level, after a short silence; those that are too long are left out."""
+    """Recordings of (voice, words, espeak-ng's voice, speed, pitch), one level, after a short silence; without those that are too long."""
     with ThreadPoolExecutor(2) as pool:
         spoken = list(pool.map(lambda take: say(take[1], *take[2:]), wanted))
     waves, kept = list[Tensor](), list[tuple[str, str]]()
@@ -334,6 +339,31 @@ def misheard(said: Sequence[str], rng: Generator) -> list[str]:
         return other if float(torch.rand((), generator=rng)) < HABIT else word
 
     return [" ".join(map(heard, words.split())) for words in said]
+
+
+def measure(output: Path) -> None:
+    """Every number that `docs/digits.md` states of the model, printed and written to `docs/digits-metrics.json`."""
+    rng = start(100)
+    held, rewards = read_prompts(str(output / "prompts" / "heldout.jsonl")), named_rewards(["digits-wer", "digits-ctc", "digits-quality"])
+    wanted = [(voice, words, ESPEAK[voice][0], 205, ESPEAK[voice][1]) for voice, words in digits.split()[1]]
+    recorded, pipe = record(wanted, rng).waves, load_pipeline(str(output))
+    policy = LongCatAudio.of(pipe, guidance_scale=1.0, audio_seconds=SAMPLES / RATE, max_sequence_length=16)
+
+    def judged(waves: Tensor) -> dict[str, float]:
+        return {reward.name: float(score(reward, waves, held, policy, batch_size=36).mean()) for reward in rewards}
+
+    with torch.no_grad():
+        through = policy.decode(policy.embed(recorded))
+        worsened = recorded + LEVEL * torch.randn(recorded.shape, generator=rng)
+    metrics: dict[str, Any] = {"recordings": judged(recorded), "through the VAE": judged(through), "with noise as loud": judged(worsened)}
+    for guidance in (1.0, 2.0, 4.0):
+        policy = LongCatAudio.of(pipe, guidance_scale=guidance, audio_seconds=SAMPLES / RATE, max_sequence_length=16)
+        draws = [judged(sample(policy, held, steps=10, seed=seed, batch_size=36)) for seed in range(4)]
+        metrics[f"guidance {guidance:g}"] = {name: [draw[name] for draw in draws] for name in draws[0]}
+    metrics["MB"] = round(sum(f.stat().st_size for f in output.rglob("*") if f.is_file()) / 1e6, 2)
+    text = json.dumps(metrics, indent=1)
+    print(text, flush=True)
+    Path("docs/digits-metrics.json").write_text(text + "\n")
 
 
 def main() -> None:
