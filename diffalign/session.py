@@ -24,6 +24,7 @@ from diffalign.evaluate import evaluate, implicit_accuracy, sample, sheet
 from diffalign.flags import flat
 from diffalign.inputs import Data, check_reward, eval_rewards, given_prompts, open_data, prompt_lists
 from diffalign.loop import Training, prepare, train
+from diffalign.lora import as_loaded
 from diffalign.memory import Trial, within_budget
 from diffalign.models import adapter_of, class_of, make_policy, prepare_to_train
 from diffalign.processes import failed_before, least_of_all, make_accelerator, mesh_of, one_for_all
@@ -76,6 +77,7 @@ def start(
         for steps in {plan.sample_steps, vars(plan.method).get("inference_steps", plan.sample_steps)}:
             policy.path.schedule(steps)
         prepare_to_train(policy, settings, mesh_of(settings))
+        plan = replace(plan, settings=replace(settings, lora=as_loaded(settings.lora, policy.module)))
         if settings.memory_budget is not None:  # before the settings are recorded: a resumed run has the same batches
             plan, found = within_budget(Trial(plan, policy, train_prompts, data[0] if data else None), least_of_all)
             say(f"Memory budget {found}")
