@@ -18,7 +18,10 @@ from diffalign.errors import InputError, nearest
 
 GROUPS = ("method", "reward", "lora")  # of settings, each with names of its own
 MEANT_EMPTY = ("negative_prompt",)  # another thing than none
-LISTS = ("--eval_rewards", "--log", "--lora.target_modules", "--betas", "--original_size", "--crops_coords_top_left", "--target_size")
+LISTS = (
+    *("--eval_rewards", "--log", "--lora.target_modules", "--betas", "--original_size", "--crops_coords_top_left", "--target_size"),
+    "--method.window_range",
+)
 SWITCHES = (
     *("--full", "--fsdp", "--tiny", "--gradient_checkpointing", "--channels_last", "--compile", "--offload", "--trajectories"),
     *("--method.checkpointing", "--method.reference_free", "--method.same_noise"),
@@ -65,12 +68,14 @@ def value_of(arguments: list[str], flag: str) -> str | None:
 
 
 def help_of(parser: ArgumentParser) -> str:
-    """The parser's help with the flags as people type them: `--batch-size`, `--method NAME`, a bare `--full`."""
+    """The parser's help with the flags as people type them: `--batch-size`, `--method NAME`, a bare `--full` and its like."""
     text = re.sub(r"--(method|reward)\.name NAME", r"--\1 NAME", parser.format_help())
     text = re.sub(r"^  --lora CONFIG .*\n", "", text, flags=re.MULTILINE)
     text = re.sub(r", --[\w.]+\+ \w+", "", text)
     text = re.sub(r"--[\w.]+", lambda m: m[0].replace("_", "-"), text)
-    return re.sub(r"--(full|fsdp|tiny) {true,false}", r"--\1", text)
+    bare = "|".join(re.escape(flag.replace("_", "-")) for flag in SWITCHES)
+    choice = " {true,false}"
+    return re.sub(rf"({bare}){choice}( +)?", lambda m: m[1] + (m[2] + " " * len(choice) if m[2] else ""), text)
 
 
 def parameters(thing: Any) -> dict[str, tuple[Any, Any, str]]:
@@ -144,13 +149,21 @@ def _misfit(message: str) -> str:
     """What the parser says of a value that does not fit, in our words: the setting, the value, and what would fit."""
     text = " ".join(re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).split())
     found = re.fullmatch(r'Parser key "([\w.]+)": (.*?)\.? (?:Given value type: \S+ Given value|Got value): (.*)', text)
+    within = re.fullmatch(r'Parser key "([\w.]+)": .*?(Expected .*?)\. Got value: (.*?) - .* Given value: (.*)', text)
+    if within is not None:  # one of the list's: what fits in its place, rather than in the whole list's
+        name, expected, one, value = within.groups()
+        return f"{name} is {value}, and of that {one} does not fit: give {_fitting(expected)}."
     if found is None:
         text = re.sub(r'Parser key "([\w.]+)"', r"\1", text).rstrip(".")
         return re.sub(r"--[\w.]+", lambda m: m[0].replace("_", "-"), f"{text}.")
     name, expected, value = found.groups()
+    return f"{name} is {value}: give {_fitting(expected)}."
+
+
+def _fitting(expected: str) -> str:
     kinds = re.findall(r"Expected (?:an? )?(\w+)( with \d+ elements)?", expected)
     fitting = [KINDS.get(kind, kind) + size for kind, size in kinds if kind != "typing"] + re.findall(r"'([^']+)'", expected)
-    return f"{name} is {value}: give {' or '.join(dict.fromkeys(fitting))}."
+    return " or ".join(dict.fromkeys(fitting))
 
 
 def refuse_empty(values: Mapping[str, Any], thing: Any, prefix: str = "") -> None:
