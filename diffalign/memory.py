@@ -271,16 +271,33 @@ def within_budget(trial: Trial, least: Callable[[int], int] = int) -> tuple[Plan
     assert settings.memory_budget is not None
     _warm_up(trial)
     sizes = [n for n in range(1, settings.batch_size + 1) if settings.batch_size % n == 0]
-    found = largest(trial.peak, sizes, settings.memory_budget * GB)
+    tried: dict[int, float] = {}
+
+    def peak(size: int) -> float | None:
+        tried[size] = float("inf")  # as long as it has not come to its end
+        taken = trial.peak(size)
+        tried.pop(size) if taken is None else tried.update({size: taken})
+        return taken
+
+    found = largest(peak, sizes, settings.memory_budget * GB)
     size = least(found[0] if found else 0)
     if size == 0:
         raise InputError(
-            f"memory_budget is {settings.memory_budget:g} GB, and a step of the smallest batch does not fit (diffalign check says what it "
-            "takes). What makes it smaller: --gradient-checkpointing, --vae-batch-size 1, --precision bf16, --height and --width."
+            f"memory_budget is {settings.memory_budget:g} GB, and a step of the smallest batch does not fit{_smallest(tried)}. What makes it "
+            "smaller: --gradient-checkpointing, --vae-batch-size 1, --precision bf16, --height and --width."
         )
     split = smaller(plan, settings.batch_size // size)
     expects = f", {found[1] / GB:.2f} GB expected" if found and found[0] == size else ""
     return split, f"{settings.memory_budget:g} GB: batches of {size}{expects}; {split.batch_in_words()}"
+
+
+def _smallest(tried: Mapping[int, float]) -> str:
+    """What the smallest of the steps that were tried takes; where memory ran out in all of them, that."""
+    ended = {size: taken for size, taken in tried.items() if taken < float("inf")}
+    if not ended:
+        return ": memory ran out in it" if tried else ""
+    size = min(ended)
+    return f": {size} sample{'s' * (size > 1)} take{'s' * (size == 1)} {max(ended[size] / GB, 1e-3):.3f} GB"
 
 
 def smaller(plan: Plan, times: int) -> Plan:
