@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Generator
@@ -32,7 +33,10 @@ class PicturePrompt:
         return _opened(self.picture, self.text, "picture")
 
     def open_both(self) -> tuple[Image.Image, Image.Image | None]:
-        """The picture, and the mask in grey, white where the picture is to be filled; raises InputError also where their sizes differ."""
+        """The picture, and the mask in grey, white where the picture is to be filled.
+
+        Raises InputError also where their sizes differ, and where nothing is to be filled.
+        """
         picture = self.open()
         if self.mask is None:
             return picture, None
@@ -40,6 +44,10 @@ class PicturePrompt:
         if mask.size != picture.size:
             sizes = f"{mask.width} x {mask.height}, and the picture {picture.width} x {picture.height}"
             raise InputError(f"The mask of '{self.text}' is {sizes}: they must be of one size, so that one knows what is masked.")
+        lightest = int(np.asarray(mask).max())
+        if lightest < 128:
+            values = "its values are 0 and 1, and white is 255: multiply them by 255" if lightest == 1 else "white says where to fill"
+            raise InputError(f"The mask of '{self.text}' is black all over, so that nothing is filled: {values}.")
         return picture, mask
 
 
