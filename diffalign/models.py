@@ -195,12 +195,9 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
 
 
 def _own_options(adapter: Any, settings: Settings, name: str) -> dict[str, Any]:
-    """The settings that not every adapter takes; raises InputError for one that was given and that this one does not take.
-
-    `image_guidance_scale` has a value always, and is left out where there is no picture to be guided towards.
-    """
+    """The settings that not every adapter takes; raises InputError for one that was given and that this one does not take."""
     taken = inspect.signature(adapter.of).parameters
-    for option in OPTIONS[1:]:
+    for option in OPTIONS:
         if option not in taken and vars(settings)[option] != vars(Settings())[option]:
             raise InputError(f"{option}: the adapter of {name} takes none. Drop it.")
     return {option: vars(settings)[option] for option in OPTIONS if option in taken}
