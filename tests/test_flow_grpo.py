@@ -118,7 +118,7 @@ def test_a_range_that_holds_no_window_is_an_error(window_range: tuple[int, int])
         InputError, match=r"method.window_range is .*: give two steps from 0 to 10, 2 \(method.random_steps\) or more apart"
     ):
         flow_grpo("flow-grpo-fast", inference_steps=10, window_range=window_range)
-    with pytest.raises(InputError, match="where a drawn window may lie: give method.window drawn"):
+    with pytest.raises(InputError, match=r"where a drawn window may lie: give method.window drawn"):
         flow_grpo("flow-grpo", window_range=(0, 5))
 
 

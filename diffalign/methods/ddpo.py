@@ -40,7 +40,7 @@ class DDPO:
     window: Literal["first", "drawn"] = "first"
     """drawn: the random_steps begin at a step drawn for each round, and lie in window_range (Flow-GRPO-Fast)."""
     window_range: tuple[int, int] | None = None
-    """drawn: the step, counted from 0, where the earliest window begins, and that before which the latest ends; by default the first half."""
+    """drawn: the steps, counted from 0, that windows lie in, from the first number to before the second; by default the first half."""
     same_noise: bool = False
     """All samples of a prompt in a round start from one x_T (DanceGRPO)."""
     batches: int = 32
@@ -95,7 +95,7 @@ class DDPO:
             if self.window != "drawn" or self.random_steps is None:
                 raise InputError("method.window_range is where a drawn window may lie: give method.window drawn, or drop it.")
             first, end = self.window_range
-            fits = 0 <= first and first + self.random_steps <= end <= self.inference_steps
+            fits = first >= 0 and first + self.random_steps <= end <= self.inference_steps
             most = f"two steps from 0 to {self.inference_steps}, {self.random_steps} (method.random_steps) or more apart"
             check(self, "window_range", fits, most)
         if self.estimator == "sf" and self.updates * self.inner_epochs > 1:
