@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from diffalign.commands import COMMANDS
 from diffalign.errors import InputError
@@ -13,11 +13,16 @@ if TYPE_CHECKING:
     from diffalign.config import Plan
 
 
-def parser_of(command: str, example: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are ours: one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message[0].upper()}{message[1:]}. See: {self.prog} --help")
+
+
+def parser_of(command: str, example: str) -> Parser:
     about = COMMANDS[command]
-    return argparse.ArgumentParser(
-        f"diffalign {command}", description=about[0].upper() + about[1:] + ".", epilog=f"example: {example}", allow_abbrev=False
-    )
+    return Parser(f"diffalign {command}", description=about[0].upper() + about[1:] + ".", epilog=f"example: {example}", allow_abbrev=False)
 
 
 def quiet() -> None:
