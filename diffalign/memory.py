@@ -283,8 +283,8 @@ def within_budget(trial: Trial, least: Callable[[int], int] = int) -> tuple[Plan
     size = least(found[0] if found else 0)
     if size == 0:
         raise InputError(
-            f"memory_budget is {settings.memory_budget:g} GB, and a step of the smallest batch does not fit{_smallest(tried)}. What makes it "
-            "smaller: --gradient-checkpointing, --vae-batch-size 1, --precision bf16, --height and --width."
+            f"memory_budget is {settings.memory_budget:g} GB, and a step of the smallest batch does not fit{_smallest(tried)}. What makes "
+            "it smaller: --gradient-checkpointing, --vae-batch-size 1, --precision bf16, --height and --width."
         )
     split = smaller(plan, settings.batch_size // size)
     expects = f", {found[1] / GB:.2f} GB expected" if found and found[0] == size else ""

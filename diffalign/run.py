@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from diffalign import checkpoint, kohya
 from diffalign.config import Plan, resolve
-from diffalign.data import Prompt, read_file, text_of, write_file
+from diffalign.data import Prompt, check_prompts, read_file, text_of, write_file
 from diffalign.errors import InputError
 from diffalign.evaluate import sample, sheet
 from diffalign.knobs import to_sample
@@ -150,14 +150,18 @@ class Run:
 
     def sample(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt | tuple[str, *tuple[str | Path, ...]]],
         *,
         seed: int = 0,
         steps: int | None = None,
         lora_scale: float = 1.0,
         output: str | Path | None = None,
     ) -> list[Path]:
-        """Pictures of the prompts from the base model and the trained one, same noise: `[side by side, each trained one, ...]`."""
+        """Pictures of the prompts from the base model and the trained one, same noise: `[side by side, each trained one, ...]`.
+
+        Prompts are texts, or where the pipeline takes pictures `(text, picture file)` and `(text, picture file, mask file)`.
+        """
+        prompts = check_prompts(prompts)
         settings, policy = self.plan.settings, self.policy
         if lora_scale != 1.0 and settings.full:
             raise InputError("lora_scale: this run trained all weights, and has no LoRA to scale.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -192,7 +193,7 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
             console.print(comparison(results))
     if main:
         run.save_picture("curve.png", curve({run.path.name: run.metrics}))
-        say(f'Run: {run.path}   Again: diffalign sample {run.path} --prompt "{text_of(shown[0])}"')
+        say(f"Run: {run.path}   Again: {again(run.path, shown[0], settings.pipeline == LIVE)}")
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.wait_for_everyone()  # the run is whole when the first process has written it
@@ -276,6 +277,17 @@ def evaluate_into(
 def _for_trackers(config: dict[str, Any]) -> dict[str, Any]:
     """The settings as trackers take them: `lora.rank`, and text for what is neither number nor text."""
     return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in flat(config).items()}
+
+
+def again(path: Path, prompt: Prompt, live: bool) -> str:
+    """What samples a run: a command, or where it was made from a `live` pipeline, which no command can have, a call."""
+    files = () if isinstance(prompt, str) else (prompt.picture, prompt.mask)
+    named = {flag: file for flag, file in zip(("image", "mask"), files, strict=False) if file is not None}
+    if live:
+        asked = [text_of(prompt), *(str(file) if isinstance(file, Path) else f"{flag}.png" for flag, file in named.items())]
+        return f"diffalign.load({str(path)!r}, pipe=pipe).sample([{tuple(asked) if named else asked[0]!r}])"
+    flags = [f"--{flag} {shlex.quote(str(file)) if isinstance(file, Path) else 'FILE'}" for flag, file in named.items()]
+    return " ".join(["diffalign sample", shlex.quote(str(path)), "--prompt", shlex.quote(text_of(prompt)), *flags])
 
 
 def _fresh_name(plan: Plan) -> Path:

@@ -105,7 +105,7 @@ def test_it_is_a_policy_of_pictures():
 @pytest.mark.parametrize("make", [tiny.stable_diffusion, tiny.sdxl, tiny.inpaint, tiny.sd3])
 def test_a_pipeline_that_edits_nothing_is_guided_towards_no_picture(make: Any):
     for scale in (1.0, 2.0):
-        with pytest.raises(InputError, match="image_guidance_scale.* (is for pipelines that edit pictures|takes none).*Drop it"):
+        with pytest.raises(InputError, match=r"image_guidance_scale.* (is for pipelines that edit pictures|takes none).*Drop it"):
             make_policy(Settings(image_guidance_scale=scale, device="cpu"), make())
 
 

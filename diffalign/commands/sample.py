@@ -20,12 +20,11 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--output", help="folder of the pictures; by default RUN/samples")
     chosen = parser.parse_args(arguments)
     quiet()
-    from diffalign.data import check_prompts
     from diffalign.run import Run
 
     prompts = _with_files(chosen.prompt, image=chosen.image, mask=chosen.mask)
     for path in Run.open(chosen.run).sample(
-        check_prompts(prompts), seed=chosen.seed, steps=chosen.steps, lora_scale=chosen.lora_scale, output=chosen.output
+        prompts, seed=chosen.seed, steps=chosen.steps, lora_scale=chosen.lora_scale, output=chosen.output
     ):
         print(path)
     return 0
