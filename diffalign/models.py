@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 
 from diffalign import knobs, registry, sources
 from diffalign.errors import InputError, nearest
+from diffalign.notices import quiet
 from diffalign.settings import Settings
 
 OPTIONS = (
@@ -67,33 +66,10 @@ def adapter_of(class_name: str) -> Any:
     return registry.find("pipelines", class_name)[0]
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' and diffusers' loading bars, and their notices about packages that nobody asked for."""
-    from transformers.utils import logging as transformers_logging
-
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    from diffusers.utils import logging as diffusers_logging  # only now: importing it gives the notices
-
-    diffusers_level = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        diffusers_logging.set_verbosity(diffusers_level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-            diffusers_logging.enable_progress_bar()
-
-
 def class_named(name: str) -> Any:
     """A pipeline class of diffusers by its name; raises InputError for one without an adapter, before diffusers is imported."""
     adapter_of(name)
-    with quiet():
+    with quiet(pipelines=True):
         import diffusers
 
         return getattr(diffusers, name)
@@ -108,7 +84,7 @@ def load_pipeline(source: str, revision: str | None = None, dtype: torch.dtype =
     where = sources.folder_of(source, revision, pipeline_class)
     try:
         absent = dict.fromkeys(sources.absent(where))
-        with quiet():
+        with quiet(pipelines=True):
             return pipeline_class.from_pretrained(str(where), dtype={"default": dtype, "vae": torch.float32}, **absent)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
@@ -146,7 +122,7 @@ def open_pipeline(settings: Settings, dtype: torch.dtype = torch.float32) -> Any
             f"The adapter of {name} makes no tiny twin, which a dry run trains: it lacks a function tiny() that gives such a pipeline "
             "with random weights. See 'A pipeline' in docs/design.md, or leave --tiny out."
         )
-    with quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(pipelines=True), torch.random.fork_rng(devices=[]):
         return make()
 
 

@@ -28,7 +28,8 @@ from diffalign.evaluate import sample, sheet
 from diffalign.knobs import to_sample
 from diffalign.lora import WEIGHTS
 from diffalign.media import to_pil
-from diffalign.models import class_named, class_of, device_of, make_policy, network_of, open_pipeline, quiet
+from diffalign.models import class_named, class_of, device_of, make_policy, network_of, open_pipeline
+from diffalign.notices import quiet
 from diffalign.settings import LIVE, Settings
 
 PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "pillow")
@@ -205,7 +206,7 @@ class Run:
             raise InputError(f"{path} exists already: choose another --output, or --force to replace it.")
         known = type(self.live) if self.live is not None else class_named(class_of(self._named()))
         try:
-            with quiet():
+            with quiet(pipelines=True):
                 tensors = kohya.convert(weights, known)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             if isinstance(error, InputError):

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import InputError, nearest
+from diffalign.notices import quiet
 from diffalign.rewards import tiny
 from diffalign.rewards.common import DTYPES, Precision, Towers, View, Words, check_fields, towers
-from diffalign.rewards.weights import TOKENIZER, WEIGHTS, load, load_tokenizer, quiet, snapshot
+from diffalign.rewards.weights import TOKENIZER, WEIGHTS, load, load_tokenizer, snapshot
 from diffalign.types import Modality, Prompts
 
 RESAMPLING: dict[int, Any] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from diffalign.rewards.weights import Source, quiet
+from diffalign.notices import quiet
+from diffalign.rewards.weights import Source
 
 T = TypeVar("T")
 LETTERS = string.ascii_lowercase + string.digits
