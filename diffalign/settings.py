@@ -23,7 +23,7 @@ class Settings:
     """Diffusers class of the model, such as StableDiffusionPipeline: what its own index says is held against it, and a dry run of a Hub
     model asks no network then."""
     tiny: bool = False
-    """A dry run: model and rewards with tiny random weights, few steps, prompts and data made here where they are not at hand."""
+    """A dry run: model and rewards with tiny random weights, few steps, prompts and data made here in the place of those on the Hub."""
     prompts: str | None = None
     """Training prompts: a .txt, .jsonl or .json file, shapes, animals, hf:user/dataset/file.txt, or a pipe, one prompt a line."""
     data: str | None = None

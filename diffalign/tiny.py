@@ -38,8 +38,8 @@ FILES: dict[Data, str] = {"pairs": "pairs.jsonl", "labels": "pairs.jsonl", "pict
 def cut(plan: Plan) -> Plan:
     """The plan with few of everything that takes time: steps, batches, samples, denoising steps, pictures, examples.
 
-    Left out are what the twin cannot have (height and width, a LoRA to continue) and the trackers. On a CPU it computes in fp32, which
-    is said. Everything else stays as it is.
+    Left out are the trackers, and what the twin cannot have, which is said: height and width, a LoRA to continue. On a CPU it computes in
+    fp32, which is said too. Everything else stays as it is.
     """
     s, fields = plan.settings, vars(plan.method)
     fewer: dict[str, Any] = {name: min(vars(s)[name], most) for name, most in MOST.items()}
@@ -48,15 +48,19 @@ def cut(plan: Plan) -> Plan:
             if vars(s)[name] != "fp32":
                 say(f"A CPU computes the dry run in fp32, in the place of {name} {vars(s)[name]}.")
         fewer |= {"precision": "fp32", "vae_precision": "fp32"}
+    own = s.pipeline in registry.MODELS
+    absent = {} if own else {"height": s.height, "width": s.width, "lora.init": s.lora.init}
+    if said := [f"{name} {value}" for name, value in absent.items() if value is not None]:
+        say(f"The dry run leaves out {', '.join(said)}: its tiny model is of another size.")
     settings = replace(
         s,
         **fewer,
         sample_steps=min(plan.sample_steps, SHOWN),
         sample_every=MOST["steps"],
         data_limit=min(s.data_limit or len(TEXTS), len(TEXTS)),
-        height=None,
-        width=None,
-        lora=replace(s.lora, init=None),
+        height=s.height if own else None,
+        width=s.width if own else None,
+        lora=s.lora if own else replace(s.lora, init=None),
         log=[],
     )
     smaller: dict[str, Any] = {name: min(fields[name], most) for name, most in MOST_OF_METHOD.items() if name in fields}
@@ -78,10 +82,8 @@ def in_words(settings: Settings) -> str:
 
 
 def made(settings: Settings, source: str | None) -> bool:
-    """Whether a dry run makes up what `source` names, prompts or data: it is on the Hub, or missing here."""
-    if not settings.tiny or source is None or source in (*registry.MODELS, *registry.PROMPTS):
-        return False
-    return source.startswith("hf:") or not Path(source).expanduser().exists()
+    """Whether a dry run makes up what `source` names, prompts or data: what is on the Hub. A file that is missing is an error in it too."""
+    return settings.tiny and source is not None and source.startswith("hf:")
 
 
 def prompts(takes: Sequence[PictureField]) -> list[Prompt]:
