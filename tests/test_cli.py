@@ -238,7 +238,7 @@ def test_train_help_has_the_flags_of_the_named_method_with_dashes(run_cli: Any) 
 def test_help_shows_what_may_stand_alone_alone(run_cli: Any, command: tuple[str, ...]) -> None:
     text = run_cli(*command, "--help").out
     shown = [flag for flag in SWITCHES if re.search(rf"^  {flag.replace('_', '-')}( {{3,}}[A-Z]|$)", text, re.MULTILINE)]
-    assert len(shown) == {"draft": 8, "diffusion-dpo": 8, "pairs": 1}[command[-1]]
+    assert len(shown) == {"draft": 8, "diffusion-dpo": 8, "pairs": 3}[command[-1]]
     assert "{true,false}" not in text
 
 
