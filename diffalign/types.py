@@ -106,8 +106,17 @@ class Condition:
         return len(next(iter(self.tensors.values())))
 
     def __getitem__(self, index: Index) -> Condition:
-        null = None if self.null is None else {k: v[index] for k, v in self.null.items()}
-        return Condition({k: v[index] for k, v in self.tensors.items()}, null, self.guidance_scale)
+        there: dict[torch.device, Tensor] = {}  # the index where tensors are: some lie on the CPU beside others on a GPU
+
+        def rows(x: Tensor) -> Tensor:
+            if not isinstance(index, Tensor):
+                return x[index]
+            if x.device not in there:
+                there[x.device] = index.to(x.device)
+            return x[there[x.device]]
+
+        null = None if self.null is None else {k: rows(v) for k, v in self.null.items()}
+        return Condition({k: rows(v) for k, v in self.tensors.items()}, null, self.guidance_scale)
 
     def unguided(self) -> Condition:
         """The same without the null branch: one network call, no guidance."""

@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 
 import diffalign
 from diffalign import registry
+from diffalign.cache import TextCache
 from diffalign.errors import InputError
 from diffalign.lora import LoRA
 from diffalign.media import to_pil
@@ -214,6 +215,18 @@ def test_text_is_encoded_once_and_kept_on_a_shelf(make: Any, tmp_path: Path):
     longer = a_policy(make(), max_sequence_length=11)
     longer.shelve(tmp_path)
     assert longer.texts.shelf.folder != first.texts.shelf.folder, "another length of text is another embedding"
+
+
+def test_what_the_network_reads_as_numbers_stays_on_the_cpu():
+    """Z-Image's lengths of texts: read from a GPU they would hold up every call of the network."""
+    assert a_policy(tiny.z_image()).texts.on_cpu == ("lengths",)
+    cache = TextCache(lambda texts: (torch.ones(len(texts), 3), torch.arange(len(texts))), "meta", ("x", "lengths"), on_cpu=("lengths",))
+    condition = Condition(cache(["a", "b", "c"]), cache(["", "", ""]))
+    for index in (torch.tensor([2, 0]), [2, 0]):
+        part = condition[index]
+        assert {name: value.device.type for name, value in part.tensors.items()} == {"x": "meta", "lengths": "cpu"}
+        assert part.tensors["x"].shape == (2, 3)
+        assert part.tensors["lengths"].tolist() == [2, 0]
 
 
 @pytest.mark.parametrize("a", [0.7, 1.0])
