@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,19 @@ def as_loaded(lora: LoRA, module: Any) -> LoRA:
     """The settings with rank and alpha of the LoRA that the network carries: a continued one has its file's, of several the usual one."""
     config = getattr(module, "peft_config", {}).get("default")
     return lora if lora.init is None or config is None else replace(lora, rank=config.r, alpha=float(config.lora_alpha))
+
+
+@contextmanager
+def scaled(pipe: Any, lora_scale: float) -> Iterator[None]:
+    """The pipeline's LoRA at another strength while the block runs."""
+    if lora_scale == 1.0:
+        yield
+        return
+    pipe.set_adapters("default", lora_scale)
+    try:
+        yield
+    finally:
+        pipe.set_adapters("default", 1.0)
 
 
 def save(pipe: Any, component: str, folder: Path) -> None:

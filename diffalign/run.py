@@ -9,13 +9,12 @@ import math
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -26,7 +25,7 @@ from diffalign.data import Prompt, check_prompts, read_file, text_of, write_file
 from diffalign.errors import InputError
 from diffalign.evaluate import sample, sheet
 from diffalign.knobs import to_sample
-from diffalign.lora import WEIGHTS
+from diffalign.lora import WEIGHTS, scaled
 from diffalign.media import to_pil
 from diffalign.models import class_named, class_of, device_of, make_policy, network_of, open_pipeline
 from diffalign.notices import quiet
@@ -170,7 +169,7 @@ class Run:
         if steps < 1 or not math.isfinite(lora_scale) or not 0 <= seed < 2**63:
             raise InputError(f"steps {steps}, lora_scale {lora_scale}, seed {seed}: give 1 or more steps, a finite scale, a seed from 0.")
         chosen: dict[str, Any] = dict(steps=steps, seed=seed, batch_size=settings.batch_size)
-        with _scaled(policy.pipe, lora_scale):
+        with scaled(policy.pipe, lora_scale):
             after = sample(policy, prompts, suffix=self.plan.suffix, **chosen)
         with policy.reference():
             before = sample(policy, prompts, **chosen)
@@ -290,35 +289,3 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
         return path
-
-
-@contextmanager
-def _scaled(pipe: Any, lora_scale: float) -> Iterator[None]:
-    """The pipeline's LoRA at another strength while the block runs."""
-    if lora_scale == 1.0:
-        yield
-        return
-    pipe.set_adapters("default", lora_scale)
-    try:
-        yield
-    finally:
-        pipe.set_adapters("default", 1.0)
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory of the process so far, in MB of 10^6 bytes: on this device where it is a GPU of CUDA, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    import resource  # not on Windows
-
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-
-
-def forget_peak(device: torch.device) -> None:
-    """From now on `peak_memory_mb` is the peak from now on; of resident memory only Linux can do so."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")

@@ -28,9 +28,10 @@ from diffalign.loop import Training, prepare, train
 from diffalign.lora import as_loaded
 from diffalign.memory import Trial, within_budget
 from diffalign.models import adapter_of, class_of, make_policy, prepare_to_train
+from diffalign.peaks import forget_peak
 from diffalign.processes import failed_before, least_of_all, make_accelerator, mesh_of, one_for_all
 from diffalign.report import curve
-from diffalign.run import Run, forget_peak
+from diffalign.run import Run
 from diffalign.settings import LIVE
 
 PICTURES = 8

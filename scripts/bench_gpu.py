@@ -39,8 +39,9 @@ from diffalign.config import resolve
 from diffalign.data import PromptList
 from diffalign.loop import prepare, train
 from diffalign.models import device_of, make_policy, prepare_to_train
+from diffalign.peaks import peak_memory_mb
 from diffalign.processes import make_accelerator
-from diffalign.run import peak_memory_mb, versions
+from diffalign.run import versions
 from diffalign.sampling import ddim, rollout
 from diffalign.settings import LIVE, Settings
 from diffalign.types import Examples, Policy, Prompts

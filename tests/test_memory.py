@@ -22,12 +22,12 @@ from diffalign.data import PromptList
 from diffalign.errors import InputError
 from diffalign.loop import prepare, train
 from diffalign.lora import LoRA
-from diffalign.memory import Line, Living, Trial, expected, in_words, largest, smaller, taken, within_budget
+from diffalign.memory import Line, Trial, expected, in_words, largest, smaller, within_budget
 from diffalign.methods.ddpo import DDPO
 from diffalign.methods.draft import DRaFT
 from diffalign.models import make_policy
+from diffalign.peaks import Living, peak_memory_mb, taken
 from diffalign.processes import make_accelerator
-from diffalign.run import peak_memory_mb
 from diffalign.settings import Settings
 
 RED = FunctionReward(lambda images, prompts: images[:, 0].mean((1, 2)) - images[:, 1].mean((1, 2)), differentiable=True)
