@@ -14,10 +14,10 @@ from torch import Generator, Tensor
 
 from diffalign import trajectories
 from diffalign.cache import Shelf, digest
+from diffalign.columns import Picture
 from diffalign.contract import CheckedReward
 from diffalign.data import Prompt, batch_of
 from diffalign.errors import InputError
-from diffalign.layouts import Picture
 from diffalign.media import decode_image, fit
 from diffalign.records import Fault, Tally
 from diffalign.types import Policy, Taken
