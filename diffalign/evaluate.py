@@ -13,10 +13,11 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from diffalign.contract import CheckedReward
-from diffalign.data import PicturePrompt, Prompt, Source, batch_of, text_of
+from diffalign.data import PicturePrompt, Prompt, batch_of, text_of
 from diffalign.media import fit, grid
 from diffalign.objectives.preference import denoising_margin, wins
 from diffalign.sampling import ddim, noisy, paired_errors, rollout, transition
+from diffalign.streams import Source
 from diffalign.types import Condition, Policy
 
 

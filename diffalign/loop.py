@@ -15,13 +15,13 @@ from torch import Generator, Tensor, nn
 
 from diffalign import fsdp
 from diffalign.contract import CheckedReward
-from diffalign.data import Source, Stream
 from diffalign.errors import InputError
 from diffalign.knobs import make_optimizer
 from diffalign.peaks import peak_memory_mb
 from diffalign.processes import Accelerated, all_of, average_gradients, average_metrics
 from diffalign.settings import Settings
 from diffalign.shards import Shared
+from diffalign.streams import Source, Stream
 from diffalign.types import Context, Loss, Method, Policy
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Generator, Tensor, nn
 
 from diffalign.config import Plan
-from diffalign.data import Prompt, Source, batch_of
+from diffalign.data import Prompt, batch_of
 from diffalign.errors import InputError
 from diffalign.knobs import make_optimizer
 from diffalign.peaks import highest
+from diffalign.streams import Source
 from diffalign.types import Context, Loss
 
 GB = 1e9

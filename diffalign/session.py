@@ -19,7 +19,7 @@ from diffalign.checkpoint import whole
 from diffalign.config import Plan, check_needs, resolve
 from diffalign.console import comparison, console, say, say_notes, watch
 from diffalign.contract import CheckedReward, short_name
-from diffalign.data import Prompt, PromptList, check_pictures, text_of
+from diffalign.data import Prompt, check_pictures, text_of
 from diffalign.errors import InputError
 from diffalign.evaluate import evaluate, implicit_accuracy, sample, sheet
 from diffalign.flags import flat
@@ -33,6 +33,7 @@ from diffalign.processes import failed_before, least_of_all, make_accelerator, m
 from diffalign.report import curve
 from diffalign.run import Run
 from diffalign.settings import LIVE
+from diffalign.streams import PromptList
 
 PICTURES = 8
 

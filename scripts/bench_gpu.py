@@ -36,7 +36,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffalign
 from diffalign.config import resolve
-from diffalign.data import PromptList
 from diffalign.loop import prepare, train
 from diffalign.models import device_of, make_policy, prepare_to_train
 from diffalign.peaks import peak_memory_mb
@@ -44,6 +43,7 @@ from diffalign.processes import make_accelerator
 from diffalign.run import versions
 from diffalign.sampling import ddim, rollout
 from diffalign.settings import LIVE, Settings
+from diffalign.streams import PromptList
 from diffalign.types import Examples, Policy, Prompts
 
 Config = Mapping[str, Any]

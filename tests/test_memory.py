@@ -18,7 +18,6 @@ import diffalign
 from diffalign import registry
 from diffalign.config import Plan
 from diffalign.contract import CheckedReward, FunctionReward
-from diffalign.data import PromptList
 from diffalign.errors import InputError
 from diffalign.loop import prepare, train
 from diffalign.lora import LoRA
@@ -29,6 +28,7 @@ from diffalign.models import make_policy
 from diffalign.peaks import Living, peak_memory_mb, taken
 from diffalign.processes import make_accelerator
 from diffalign.settings import Settings
+from diffalign.streams import PromptList
 
 RED = FunctionReward(lambda images, prompts: images[:, 0].mean((1, 2)) - images[:, 1].mean((1, 2)), differentiable=True)
 CPU = torch.device("cpu")
