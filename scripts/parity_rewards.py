@@ -70,9 +70,9 @@ def main() -> int:
     failed = False
     for package in chosen.packages:
         python = environment(package, chosen.env.absolute())
-        rows: list[dict[str, Any]] = []
+        base = chosen.env.absolute()
         for size in chosen.sizes:
-            folder = chosen.env.absolute() / f"{package}-{size}"
+            folder = base / f"{package}-{size}"
             in_environment(python, package, size, folder)
             original = torch.load(folder / "original.pt", weights_only=True)
             facts = json.loads((folder / "original.json").read_text())
@@ -80,12 +80,13 @@ def main() -> int:
             if size == "full":
                 in_environment(python, package, "backend", folder)
                 found |= backend(folder, original)
-                (folder / "checkpoint.pt").unlink()  # 4 GB
-            rows.append({"size": size, **facts, **found})
+                (folder / "checkpoint.pt").unlink()  # gigabytes
+            (folder / "found.json").write_text(json.dumps({"size": size, **facts, **found}))
             failed |= found["scores"] > LIMITS[package] or found.get("backend", 0) > 0
             if chosen.write and size == "small":
                 write_numbers(package, original, facts)
-        text = table(package, rows)
+        files = [base / f"{package}-{size}" / "found.json" for size in ("small", "full")]
+        text = table(package, [json.loads(file.read_text()) for file in files if file.is_file()])
         print(text)
         if chosen.write:
             page = ROOT / "docs" / "rewards" / PAGES[package]
