@@ -45,7 +45,9 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as file:
                 if file.mode[0] in "IF":
-                    raise InputError(f"{name} holds {DEEP.get(file.mode, '16-bit values')}, which have no one meaning as colours: save it in 8 bits.")
+                    raise InputError(
+                        f"{name} holds {DEEP.get(file.mode, '16-bit values')}, which have no one meaning as colours: save it in 8 bits."
+                    )
                 return ImageOps.exif_transpose(file).convert("RGB")
         except InputError:
             raise

@@ -24,11 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import parity_recipe as recipe
 import torch
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent))
-import parity_recipe as recipe
 
 
 def main() -> None:
@@ -116,8 +114,7 @@ def hpsv2(size: str, files: list[str]) -> dict[str, Any]:
     torch.save({"epoch": 0, "state_dict": model.state_dict()}, "checkpoint.pt")
     img_score.model_dict.update(model=model, preprocess_val=prepare)
     scored = [
-        img_score.score(file, prompt, cp="checkpoint.pt", hps_version="v2.0")[0]
-        for file, prompt in zip(files, recipe.PROMPTS, strict=True)
+        img_score.score(file, prompt, cp="checkpoint.pt", hps_version="v2.0")[0] for file, prompt in zip(files, recipe.PROMPTS, strict=True)
     ]
     ids = get_tokenizer("ViT-H-14")(list(recipe.PROMPTS))
     pixels = torch.stack([prepare(Image.open(file)) for file in files])

@@ -3,12 +3,12 @@
     python scripts/parity_rewards.py [--env build/parity] [--packages hpsv2 image-reward] [--sizes small full] [--write]
 
 The first call makes an environment for each package with pip, in the folder of --env: the packages want versions that exclude each other
-and, ImageReward, ours. That takes PyPI, some minutes, and 2 GB of disk with a CPU build of torch; where pip finds none, 7 GB an environment.
-The published checkpoints are not fetched. Every package writes one of its own, of random weights in the original layout: `small`, a network
-of the same make of some million weights (seconds), and `full`, the whole one (HPSv2 986 million weights: 12 GB of memory and about 3
-minutes of one core; ImageReward 447 million: 6 GB, 1 minute). It scores three pictures with a prompt each, from their files by its own `score`;
-and from the pixels that its own transform made of them, with the gradient at those pixels. Then our reader opens the same checkpoint and
-is held against both; of `full` also our back end `--reward.backend package`, in the package's environment.
+and, ImageReward, ours. That takes PyPI, some minutes, and 2 GB of disk with a CPU build of torch; where pip finds none, 7 GB for each.
+The published checkpoints are not fetched. Every package writes one of its own, of random weights in the original layout: `small`, a
+network of the same make of some million weights (seconds), and `full`, the whole one (TIMES). It scores three pictures with a prompt
+each, from their files by its own `score`, and from the pixels that its own transform made of them, with the gradient at those pixels.
+Then our reader opens the same checkpoint and is held against both; of `full` also our back end `--reward.backend package`, in the
+package's environment.
 
 Prints a table. --write puts it into docs/rewards/hps.md and image-reward.md, and the numbers of the small networks into
 tests/parity_rewards.json, which the tests hold our readers against without the packages. Exits with status 1 where something is
@@ -28,13 +28,10 @@ import venv
 from pathlib import Path
 from typing import Any
 
+import parity_recipe as recipe
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-import parity_recipe as recipe
 
 from diffalign.media import read_image
 from diffalign.rewards.hps import HPS
@@ -42,12 +39,13 @@ from diffalign.rewards.image_reward import ImageReward
 from diffalign.rewards.weights import quiet
 from diffalign.types import Prompts
 
+ROOT = Path(__file__).parents[1]
 ENVIRONMENTS = {  # pinned far enough that pip need not look for a combination, which for image-reward takes it ten minutes
     "hpsv2": (
         "torch==2.13.0", "torchvision==0.28.0", "hpsv2==1.2.0", "open_clip_torch==3.3.0", "transformers==5.23.0", "timm==1.0.31",
         "numpy==2.4.6", "pillow==13.0.0", "huggingface_hub==2.4.0",
     ),
-    # transformers 5 lacks helpers that the package imports; it also imports CLIP, which it does not ask for, and its training code diffusers
+    # transformers 5 lacks helpers that the package imports; it imports CLIP, which it does not ask for, and, to train, diffusers
     "image-reward": (
         "torch==2.13.0", "torchvision==0.28.0", "image-reward==1.5", "transformers==4.39.3", "diffusers==0.31.0", "clip-anytorch==2.6.0",
         "numpy==2.4.6", "pillow==13.0.0", "huggingface_hub==0.36.2", "accelerate==1.15.0", "datasets==5.0.1",
@@ -89,10 +87,14 @@ def main() -> int:
         text = table(package, [json.loads(file.read_text()) for file in files if file.is_file()])
         print(text)
         if chosen.write:
-            page = ROOT / "docs" / "rewards" / PAGES[package]
-            between = re.compile("(<!-- parity -->\n).*(<!-- /parity -->)", re.DOTALL)
-            page.write_text(between.sub(lambda marks: f"{marks[1]}{text}\n{marks[2]}", page.read_text()))
+            put(text, ROOT / "docs" / "rewards" / PAGES[package])
     return int(failed)
+
+
+def put(text: str, page: Path) -> None:
+    """The table into its place on the page."""
+    between = re.compile("(<!-- parity -->\n).*(<!-- /parity -->)", re.DOTALL)
+    page.write_text(between.sub(lambda marks: f"{marks[1]}{text}\n{marks[2]}", page.read_text()))
 
 
 def environment(package: str, folder: Path) -> Path:
@@ -130,7 +132,7 @@ def save_tokenizer(package: str, tokenizer: Path, merges: list[tuple[str, str, i
 
     with quiet():
         if package == "hpsv2":
-            pairs = [(first, second) for first, second, _ in merges]
+            pairs: Any = [(first, second) for first, second, _ in merges]
             CLIPTokenizer(vocab=recipe.clip_vocabulary(merges), merges=pairs, model_max_length=77).save_pretrained(tokenizer)
         else:
             words = (folder / "bert-base-uncased" / "vocab.txt").read_text().split("\n")
@@ -150,7 +152,7 @@ def compare(package: str, folder: Path, original: dict[str, Tensor], facts: dict
     """How far we are off: `ids` that differ, `scores` from the same pixels, their gradients in parts of the largest, `files`, `pixels`."""
     started = time.perf_counter()
     reward = reader(package, folder, facts.get("merges", []))
-    words = reward.judge.words if package == "image-reward" else _words(reward, recipe.PROMPTS)
+    words = reward.judge.words if package == "image-reward" else _words(folder / "tokenizer")
     read = words(recipe.PROMPTS)
     ids = read["input_ids"] * read["attention_mask"]
     off = {"ids": int((ids != original["ids"]).sum()), "scores": 0.0, "slopes": 0.0, "files": 0.0, "pixels": 0.0, "pixels_mean": 0.0}
@@ -175,11 +177,12 @@ def compare(package: str, folder: Path, original: dict[str, Tensor], facts: dict
     return {**off, "spread": spread, "our_seconds": round(time.perf_counter() - started)}
 
 
-def _words(reward: HPS, texts: tuple[str, ...]) -> Any:
-    from diffalign.rewards.common import Words
+def _words(folder: Path) -> Any:
     from transformers import CLIPTokenizer
 
-    return Words(CLIPTokenizer.from_pretrained(reward.tokenizer), 77, "hps", unescape=True)
+    from diffalign.rewards.common import Words
+
+    return Words(CLIPTokenizer.from_pretrained(folder), 77, "hps", unescape=True)
 
 
 def backend(folder: Path, original: dict[str, Tensor]) -> dict[str, Any]:

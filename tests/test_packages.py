@@ -182,10 +182,18 @@ def test_a_package_that_is_absent_is_said_with_the_command_before_anything_is_fe
         ),
         ("image-reward", "import clip_of_openai_that_is_absent as clip", r"needs OpenAI's CLIP: pip install clip-anytorch"),
         ("image-reward", "raise ImportError('No module named pkg_resources')", r"pip install 'setuptools<70'"),
-        ("hps-v2", "open('/nowhere/bpe_simple_vocab_16e6.txt.gz')", r"lacks CLIP's vocabulary.*: python -c \"import hpsv2, open_clip, shutil"),
+        (
+            "hps-v2",
+            "open('/nowhere/bpe_simple_vocab_16e6.txt.gz')",
+            r"lacks CLIP's vocabulary.*: python -c \"import hpsv2, open_clip, shutil",
+        ),
         ("hps-v2", "raise ModuleNotFoundError(\"No module named '_tkinter'\")", r"apt install python3-tk"),
         ("hps-v2", "raise RuntimeError('operator torchvision::nms does not exist')", r"torchvision must be the build of your torch"),
-        ("hps-v2", "raise ValueError('never seen')", r"cannot be imported \(ValueError: never seen\)\. Or leave it: --reward.backend native"),
+        (
+            "hps-v2",
+            "raise ValueError('never seen')",
+            r"cannot be imported \(ValueError: never seen\)\. Or leave it: --reward.backend native",
+        ),
     ],
 )
 def test_a_package_that_cannot_be_imported_is_said_in_one_line_with_the_mend(
@@ -217,7 +225,9 @@ def test_a_method_that_needs_a_gradient_refuses_the_package_before_a_model_loads
     monkeypatch.setattr("diffalign.models.load_pipeline", lambda *_, **__: pytest.fail("a pipeline was loaded"))
     outcome = run_cli("train", "--method", method, "--reward", name, "--reward.backend", "package", "--output", "run")
     assert outcome.status == 2
-    assert f"{method} follows the reward's gradient, and the package's own scores of {name} have none: --reward.backend native" in outcome.err
+    assert (
+        f"{method} follows the reward's gradient, and the package's own scores of {name} have none: --reward.backend native" in outcome.err
+    )
     assert outcome.err.count("\n") == 1
     assert registry.find("rewards", name)[0]().differentiable
 

@@ -1,6 +1,6 @@
 """Our readers against the original packages, by numbers that those computed: see scripts/parity_rewards.py, which writes them.
 
-The checkpoints are made here again by the same recipe, which draws uniform numbers with numpy alone, in the layout of the original networks.
+The checkpoints are made here again by the same recipe, uniform numbers drawn with numpy alone, in the layout of the original networks.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def hps(recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> HPS:
     folder, small, said = tmp_path_factory.mktemp("hps"), recipe.SMALL["hpsv2"], NUMBERS["hpsv2"]
     torch.save({"epoch": 0, "state_dict": state_of(recipe, OpenCLIP(**small, wide=4))}, folder / "checkpoint.pt")
     with quiet():
-        vocabulary = recipe.clip_vocabulary(said["merges"])
-        CLIPTokenizer(vocab=vocabulary, merges=[(a, b) for a, b, _ in said["merges"]], model_max_length=77).save_pretrained(folder)
+        pairs: Any = [(first, second) for first, second, _ in said["merges"]]
+        CLIPTokenizer(vocab=recipe.clip_vocabulary(said["merges"]), merges=pairs, model_max_length=77).save_pretrained(folder)
     return HPS(checkpoint=folder / "checkpoint.pt", tokenizer=folder)
 
 

@@ -37,7 +37,11 @@ def test_pictures_of_other_kinds_are_read_as_rgb(name: str, picture: Image.Image
 @pytest.mark.parametrize(
     ("name", "picture", "says"),
     [
-        ("deep.png", Image.fromarray(RAMP.astype("uint16") * 257), "deep.png holds 16-bit values, which have no one meaning as colours: save"),
+        (
+            "deep.png",
+            Image.fromarray(RAMP.astype("uint16") * 257),
+            "deep.png holds 16-bit values, which have no one meaning as colours: save",
+        ),
         ("nan.tif", Image.fromarray(np.full((9, 9), np.nan, "float32")), "nan.tif holds floating point values"),
         ("float.tif", Image.fromarray(RAMP / np.float32(255)), "float.tif holds floating point values"),
         ("whole.tif", Image.fromarray(RAMP.astype("int32") * 99), "whole.tif holds 32-bit values"),
