@@ -30,14 +30,20 @@ BPE = (
     "its wheel lacks CLIP's vocabulary, which open_clip_torch has (pip install open_clip_torch): python -c \"import hpsv2, open_clip, "
     "shutil; shutil.copy(open_clip.__path__[0] + '/bpe_simple_vocab_16e6.txt.gz', hpsv2.__path__[0] + '/src/open_clip')\""
 )
+TKINTER = "it imports turtle, so it needs Python's tkinter (apt install python3-tk)"
 MENDS = {  # what the imports are known to fail with, and what helps
     "bpe_simple_vocab": BPE,
-    "turtle": "it imports turtle, so it needs Python's tkinter (apt install python3-tk)",
-    "tkinter": "it imports turtle, so it needs Python's tkinter (apt install python3-tk)",
-    "torchvision": "torchvision must be the build of your torch",
-    "pkg_resources": "it imports CLIP, which needs pip install 'setuptools<70'",
-    "clip": "it needs OpenAI's CLIP: pip install clip-anytorch",
-    "transformers": "it was written for transformers 4, and transformers 5 is here",
+    "'turtle'": TKINTER,
+    "tkinter'": TKINTER,
+    "No module named 'clip'": "it needs OpenAI's CLIP: pip install clip-anytorch",
+    "pkg_resources": "it imports CLIP, which needs pip install --no-deps 'setuptools<70'",
+    "torchvision::": "torchvision must be the build of your torch",
+    "from 'transformers": "it was written for transformers 4, and transformers 5 is here",
+    "'transformers.": "it was written for transformers 4, and transformers 5 is here",
+}
+COMMANDS = {
+    "hpsv2": "pip install 'diffalign[hpsv2]'",
+    "image-reward": "pip install image-reward==1.5, in an environment with transformers 4, see docs/rewards/image-reward.md",
 }
 INSTEAD = {
     "hpsv2": "Or leave it: --reward.backend native reads the same checkpoint.",
@@ -65,7 +71,8 @@ def imported(package: str, module: str) -> Any:
     """A module of an optional package. Raises InputError where it is not installed, or does not import."""
     if importlib.util.find_spec(module.partition(".")[0]) is None:
         raise InputError(
-            f"--reward.backend package needs {package}, which is not installed: pip install 'diffalign[{package}]'. {INSTEAD[package]}"
+            f"--reward.backend package needs {package}, which is not installed: {COMMANDS[package]}. Or leave it: --reward.backend native "
+            "reads the same checkpoint."
         )
     try:
         with redirect_stdout(io.StringIO()):
