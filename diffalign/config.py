@@ -265,6 +265,11 @@ def check_needs(plan: Plan) -> None:
                 f"{plan.method_name} follows the reward's gradient, and {plan.reward_name} does not declare {' and '.join(lacking)}: "
                 'give its class differentiable = True and modality = "image".'
             )
+        if plan.reward_fields.get("backend") == "package":
+            raise InputError(
+                f"{plan.method_name} follows the reward's gradient, and the package's own scores of {plan.reward_name} have none: "
+                "--reward.backend native has one, and scores the same."
+            )
         accept = [n for n in registry.METHODS if not registry.find("methods", n)[0].needs.differentiable_reward]
         others = f"Methods that accept it: {', '.join(accept)}." if accept else "No method of this version accepts it."
         raise InputError(

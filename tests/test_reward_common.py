@@ -180,7 +180,7 @@ def test_a_training_on_local_files_and_its_resumption(tmp_path: Path, run_cli: C
     config = yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())["reward"]
     assert config == {
         "name": "hps-v2.1", "version": "v2.1", "checkpoint": str(tmp_path / "HPS_v2.1_compressed.pt"), "tokenizer": str(tmp_path),
-        "revision": "main", "sha256": None, "precision": "fp32", "batch_size": 1,
+        "revision": "main", "sha256": None, "precision": "fp32", "batch_size": 1, "backend": "native",
     }  # fmt: skip
 
 
