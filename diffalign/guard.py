@@ -83,7 +83,10 @@ class Reference:
 
 @dataclass(frozen=True)
 class Finding:
-    """One measure at one evaluation: its mean, and the difference to its reference's with a 95% interval, where it has one."""
+    """One measure at one evaluation: its mean, and the difference to its reference's with a 95% interval, where it has one.
+
+    `failed`: all of the interval is past the limit; `within`: the difference itself is not. Between the two lies doubt.
+    """
 
     value: float
     reference: float
@@ -92,6 +95,7 @@ class Finding:
     interval: tuple[float, float] | None
     limit: float | None  # of the difference; None for any
     failed: bool
+    within: bool
 
 
 @dataclass(frozen=True)
@@ -141,18 +145,19 @@ def paired(now: Sequence[float], then: Sequence[float]) -> tuple[float, tuple[fl
 
 def hold_against(reference: Reference, values: Sequence[float], allowed: float) -> Finding:
     """A measure (P,) fails where all of the interval of its difference lies further below the reference than is allowed."""
-    difference, interval = paired(values, reference.values)
-    limit = -allowed
-    return Finding(fmean(values), fmean(reference.values), reference.step, difference, interval, limit, interval[1] < limit)
+    (difference, interval), limit = paired(values, reference.values), -allowed
+    verdict = {"failed": interval[1] < limit, "within": difference >= limit}
+    return Finding(fmean(values), fmean(reference.values), reference.step, difference, interval, limit, **verdict)
 
 
 def decide(guard: Guard, state: State, measured: Measured) -> tuple[State, dict[str, Finding]]:
     """The state after an evaluation, and what was found of each measure. `state.fired` says whether the training is to end.
 
-    - A watched reward is held against its own best evaluation so far, of those at which nothing failed, the first one included.
+    - A watched reward is held against its own best evaluation so far, of those at which all was within its limits.
     - Diversity is held against the first evaluation, and the KL against `guard.kl`.
-    - A measure that fails `guard.patience` times in a row fires.
-    - The best evaluation is the one of highest trained reward of those at which nothing failed; without such a reward the last of them.
+    - A measure that fails `guard.patience` times in a row fires: to end a training a fall must be proven.
+    - The best evaluation is the one of highest trained reward of those at which all was within its limits, the first one included; without
+      such a reward the last of them: to be kept, weights must not even seem to have fallen so far.
     """
     step, means = measured.step, {name: [fmean(scores) for scores in rows] for name, rows in measured.rewards.items()}
     spreads = {name: stdev([score for row in rows for score in row]) for name, rows in measured.rewards.items()}
@@ -165,13 +170,15 @@ def decide(guard: Guard, state: State, measured: Measured) -> tuple[State, dict[
         for name, values in means.items()
     }
     found[DIVERSITY] = hold_against(held[DIVERSITY], measured.diversity, guard.diversity_drop * held[DIVERSITY].scale)
-    found[KL] = Finding(measured.kl, 0.0, 0, measured.kl, None, guard.kl, guard.kl is not None and measured.kl > guard.kl)
+    over = guard.kl is not None and measured.kl > guard.kl
+    found[KL] = Finding(measured.kl, 0.0, 0, measured.kl, None, guard.kl, over, not over)
 
     failures = {name: state.failures.get(name, 0) + 1 if finding.failed else 0 for name, finding in found.items()}
-    over = [name for name, count in failures.items() if count >= guard.patience]
-    fired = Fired(step, over[0], failures[over[0]], found[over[0]], asdict(guard)) if over else None
+    exhausted = [name for name, count in failures.items() if count >= guard.patience]
+    name = exhausted[0] if exhausted else None
+    fired = None if name is None else Fired(step, name, failures[name], found[name], asdict(guard))
     best, trained = state.best, state.trained
-    if not any(finding.failed for finding in found.values()):
+    if best is None or all(finding.within for finding in found.values()):
         held |= {name: replace(held[name], step=step, values=values) for name, values in means.items() if found[name].difference > 0}
         if best is None or measured.trained is None or trained is None or measured.trained > trained:
             best, trained = step, measured.trained
