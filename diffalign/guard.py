@@ -204,9 +204,9 @@ def in_words(fired: Fired) -> str:
         return f"at step {fired.step} the KL to the base model is {found.value:.3g}, above {found.limit:g}, at {times}"
     low, high = (-end for end in reversed(found.interval))
     return (
-        f"at step {fired.step} {'the diversity' if fired.measure == DIVERSITY else fired.measure} is {found.value:.3f}, "
-        f"{-found.difference:.3f} [{low:.3f}, {high:.3f}] below its {found.reference:.3f} of step {found.reference_step}, "
-        f"where {-(found.limit or 0):.3f} is allowed, at {times}"
+        f"at step {fired.step} {'the diversity' if fired.measure == DIVERSITY else fired.measure} is {found.value:.4g}, "
+        f"{-found.difference:.3g} [{low:.3g}, {high:.3g}] below its {found.reference:.4g} of step {found.reference_step}, "
+        f"where {-(found.limit or 0):.3g} is allowed, at {times}"
     )
 
 
