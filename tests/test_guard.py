@@ -208,18 +208,14 @@ def test_a_silent_guard_changes_no_byte(here: Path, runs: Path, tmp_path: Path) 
 def test_a_silent_guard_changes_no_round(here: Path, tmp_path: Path) -> None:
     """Of a method that takes several steps in a round: the guard evaluates between two of them."""
     call: dict[str, Any] = {
-        "method": "ddpo", "reward": "jpeg-compressibility", "k": None, "batches": 1, "samples": 2, "updates": 2, "advantage": "group",
-        "learning_rate": 1e-3,
+        "method": "ddpo", "reward": "jpeg-compressibility", "batches": 1, "samples": 2, "updates": 2, "advantage": "group",
+        "learning_rate": 1e-3, "inference_steps": 2, "batch_size": 2, "eval_size": 0, "steps": 6,
     }  # fmt: skip
-    del call["k"]
     guard = {"rewards": [f"{here / 'watched.py'}:dull"], "every": 3, "size": 2, "drop": 99.0, "diversity_drop": 1.0}
     plain, guarded = (
-        diffalign.align(
-            here / "model", prompts=here / "prompts.txt", inference_steps=2, batch_size=2, eval_size=0, steps=6, output=tmp_path / name,
-            **call, **more,
-        )
+        diffalign.align(here / "model", prompts=here / "prompts.txt", output=tmp_path / name, **call, **more)
         for name, more in (("plain", {}), ("guarded", {"guard": guard}))
-    )  # fmt: skip
+    )
     assert bytes_of(plain.path) == bytes_of(guarded.path)
     assert [row["step"] for row in rows_of(guarded.path)] == [0, 4, 6], "step 3 is within a round"
 
