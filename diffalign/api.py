@@ -147,5 +147,5 @@ def check(plan: Plan) -> Iterator[Finding]:
     data = open_data(plan, policy)
     prompts, held_out = prompt_lists(plan.settings, *given, data)
     check_reward(plan, policy, prompts)
-    check_guard(plan, guards, policy, held_out)
+    check_guard(guards, policy, held_out)
     yield from preflight(plan, prepare_to_train(policy, plan.settings), prompts, data[0] if data else None)

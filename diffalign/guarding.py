@@ -34,7 +34,7 @@ def guard_rewards(plan: Plan) -> list[CheckedReward]:
     """The rewards that the plan's guard watches, opened. Raises InputError for the one that is trained on, and for unclear names."""
     names = plan.settings.guard.rewards
     for name in names:
-        if same_reward(plan, name):
+        if plan.method.needs.reward and same_reward(plan, name):
             raise InputError(f"guard: {name} is what is trained on, and cannot watch over itself: name a reward of another make.")
     rewards = named_rewards(names, dry=plan.settings.tiny)
     called = [rule.DIVERSITY, rule.KL, *(reward.name for reward in rewards)]
@@ -44,7 +44,7 @@ def guard_rewards(plan: Plan) -> list[CheckedReward]:
     return rewards
 
 
-def check_guard(plan: Plan, rewards: Sequence[CheckedReward], policy: Any, held_out: Sequence[Prompt]) -> None:
+def check_guard(rewards: Sequence[CheckedReward], policy: Any, held_out: Sequence[Prompt]) -> None:
     """Raise InputError where a watched reward does not judge what the policy makes, or there is nothing to watch it on."""
     for reward in rewards:
         if reward.modality != policy.modality:
@@ -167,7 +167,9 @@ class Guarding:
         def scores(reward: CheckedReward) -> Any:
             return score(reward, media, prompts, self.policy, batch_size=settings.batch_size)
 
-        trained = None if plan.reward is None else CheckedReward(plan.reward.reward, plan.reward.name)  # its queries are no training's
+        trained = None
+        if plan.method.needs.reward and plan.reward is not None:  # counted apart: these are no queries of the training
+            trained = CheckedReward(plan.reward.reward, plan.reward.name)
         return rule.Measured(
             step,
             {reward.name: scores(reward).reshape(-1, rule.SAMPLES).tolist() for reward in self.rewards},

@@ -68,7 +68,7 @@ def start(
         train_prompts, held_out = prompt_lists(settings, prompts, eval_prompts, data)
         check_pictures([*train_prompts, *held_out], policy)
         check_reward(plan, policy, train_prompts)
-        check_guard(plan, guards, policy, held_out)
+        check_guard(guards, policy, held_out)
         for steps in {plan.sample_steps, vars(plan.method).get("inference_steps", plan.sample_steps)}:
             policy.path.schedule(steps)
         prepare_to_train(policy, settings, mesh_of(settings))

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from diffalign.config import resolve
 from diffalign.errors import InputError
 from diffalign.flags import nested
 from diffalign.guard import Guard, Measured, Reference, State, decide, goes_on, hold_against, paired
-from diffalign.guarding import guard_rewards
+from diffalign.guarding import check_guard, guard_rewards
 from diffalign.session import resume
 
 WATCHED = '''"""Rewards of the tests that guards watch."""
@@ -402,6 +403,17 @@ def test_the_trained_reward_with_other_fields_is_another_reward() -> None:
         guard_rewards(resolve(call))
     (watched,) = guard_rewards(resolve({**call, "reward": {"name": "jpeg-compressibility", "sign": 1}}))
     assert watched.name == "jpeg-compressibility"
+    preferences = {"method": "diffusion-dpo", "reward": "jpeg-compressibility", "data": "pairs", "guard": ["jpeg-compressibility"]}
+    assert len(guard_rewards(resolve(preferences))) == 1, "this method trains on pairs, and leaves the reward to the evaluation"
+
+
+def test_there_must_be_prompts_to_watch_on() -> None:
+    plan = resolve({"method": "draft", "guard": ["shapes-checker"]})
+    policy = SimpleNamespace(modality="image")
+    check_guard(guard_rewards(plan), policy, ["a dog"])
+    check_guard([], policy, [])
+    with pytest.raises(InputError, match="no prompts are held out"):
+        check_guard(guard_rewards(plan), policy, [])
 
 
 def test_a_short_name_in_files_and_in_python() -> None:
