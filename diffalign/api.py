@@ -16,6 +16,7 @@ from diffalign.console import say
 from diffalign.contract import CheckedReward
 from diffalign.data import check_prompts, read_prompts
 from diffalign.errors import InputError
+from diffalign.guarding import check_guard, guard_outcome, guard_rewards
 from diffalign.inputs import check_reward, eval_rewards, given_prompts, named_rewards, open_data, prompt_lists
 from diffalign.media import read_image
 from diffalign.models import adapter_of, class_of, make_policy, prepare_to_train
@@ -98,7 +99,8 @@ def evaluate_run(
     before: dict[str, Any] = {}
     with suppress(InputError):
         before = run.evaluation
-    results = evaluate_into(plan, run.policy, checked, texts[:limit], seed, target, target.with_suffix(".png"), pairs=before.get("pairs"))
+    kept = {"pairs": before.get("pairs"), "guard": guard_outcome(run)}
+    results = evaluate_into(plan, run.policy, checked, texts[:limit], seed, target, target.with_suffix(".png"), **kept)
     say(f"Written: {target} and {target.with_suffix('.png')}")
     return results
 
@@ -140,8 +142,10 @@ def check(plan: Plan) -> Iterator[Finding]:
     given = given_prompts(plan.settings)
     if plan.reward is not None:
         plan.reward.open()
+    guards = guard_rewards(plan)
     policy = make_policy(plan.settings, train=False)
     data = open_data(plan, policy)
-    prompts, _ = prompt_lists(plan.settings, *given, data)
+    prompts, held_out = prompt_lists(plan.settings, *given, data)
     check_reward(plan, policy, prompts)
+    check_guard(guards, policy, held_out)
     yield from preflight(plan, prepare_to_train(policy, plan.settings), prompts, data[0] if data else None)

@@ -19,6 +19,7 @@ from diffalign import knobs, registry
 from diffalign.contract import CheckedReward, FunctionReward, as_reward, short_name
 from diffalign.errors import InputError
 from diffalign.flags import flat, nested, normal, parameters, parse, refuse_empty
+from diffalign.guard import Guard
 from diffalign.lora import LoRA
 from diffalign.settings import LIVE, Settings
 from diffalign.types import Method
@@ -85,6 +86,7 @@ class Plan:
         if self.settings.eval_rewards is not None:
             settings["eval_rewards"] = [_absolute_plugin(name) for name in self.settings.eval_rewards]
         settings["lora"]["init"] = _absolute(self.settings.lora.init)
+        settings["guard"]["rewards"] = [_absolute_plugin(name) for name in self.settings.guard.rewards]
         reward_name = self.reward_name and _absolute_plugin(self.reward_name)
         config: dict[str, Any] = {
             "method": {"name": _absolute_plugin(self.method_name), **asdict(self.method)},
@@ -168,7 +170,8 @@ def build_parser(names: Names, prog: str = "diffalign train") -> ArgumentParser:
     layered["reward"] = {"name": names.reward, **reward_fields}
     parser.set_defaults(flat(layered))
     about = {f"{p.arg_name}": " ".join((p.description or "").split()) for p in docstring_parser.parse_from_object(Settings).params}
-    about |= {f"lora.{p.arg_name}": " ".join((p.description or "").split()) for p in docstring_parser.parse_from_object(LoRA).params}
+    for group, kind in (("lora", LoRA), ("guard", Guard)):
+        about |= {f"{group}.{p.arg_name}": " ".join((p.description or "").split()) for p in docstring_parser.parse_from_object(kind).params}
     for action in parser._actions:
         action.help = about.get(action.dest, action.help)
     return parser
@@ -220,6 +223,7 @@ def settle(parsed: Namespace, names: Names, reward: Any = None) -> Plan:
         values.pop(name, None)
     refuse_empty(values, Settings)
     refuse_empty(values["lora"], LoRA, "lora.")
+    refuse_empty(values["guard"], Guard, "guard.")
     refuse_empty(method_fields, method_class, "method.")
     refuse_empty(reward_fields, reward_class, "reward.")
     method = method_class(**method_fields)
@@ -229,7 +233,7 @@ def settle(parsed: Namespace, names: Names, reward: Any = None) -> Plan:
     elif names.reward is not None:
         made = reward_class(**reward_fields) if isinstance(reward_class, type) else reward_class
         checked = CheckedReward(as_reward(made), short_name(names.reward), tiny=values["tiny"])
-    settings = Settings(**{**values, "lora": LoRA(**values["lora"]), "betas": tuple(values["betas"])})
+    settings = Settings(**{**values, "lora": LoRA(**values["lora"]), "guard": Guard(**values["guard"]), "betas": tuple(values["betas"])})
     return Plan(settings, names.method, method, names.reward, checked, reward_fields, reward is not None)
 
 
@@ -288,6 +292,15 @@ def name_of(reward: Any) -> str:
     """What a reward object is called in logs: its function's or its class's name."""
     function = reward.function if isinstance(reward, FunctionReward) else reward
     return getattr(function, "__name__", type(function).__name__)
+
+
+def same_reward(plan: Plan, name: str) -> bool:
+    """Whether the reward of this name, with its usual fields, is the one that is trained on."""
+    if plan.reward_name is None or plan.reward_is_live or _absolute_plugin(name) != _absolute_plugin(plan.reward_name):
+        return False
+    thing, preset = registry.find("rewards", name)
+    usual = {**{n: default for n, (_, default, _) in parameters(thing).items()}, **preset}
+    return {**usual, **plan.reward_fields} == usual
 
 
 def resolve(given: Mapping[str, Any], reward: Any = None, *, rewarded: bool = True) -> Plan:

@@ -16,11 +16,11 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from diffalign.errors import InputError, nearest
 
-GROUPS = ("method", "reward", "lora")  # of settings, each with names of its own
+GROUPS = ("method", "reward", "lora", "guard")  # of settings, each with names of its own
 MEANT_EMPTY = ("negative_prompt",)  # another thing than none
 LISTS = (
-    *("--eval_rewards", "--log", "--lora.target_modules", "--betas", "--original_size", "--crops_coords_top_left", "--target_size"),
-    "--method.window_range",
+    *("--eval_rewards", "--guard.rewards", "--log", "--lora.target_modules", "--betas", "--original_size", "--crops_coords_top_left"),
+    *("--target_size", "--method.window_range"),
 )
 SWITCHES = (
     *("--full", "--fsdp", "--tiny", "--gradient_checkpointing", "--channels_last", "--compile", "--offload", "--trajectories"),
@@ -42,11 +42,13 @@ def normal(arguments: list[str]) -> list[str]:
             continue
         flag, equals, value = argument.partition("=")
         flag = "--" + flag[2:].replace("-", "_")
-        flag = {"--method": "--method.name", "--reward": "--reward.name"}.get(flag, flag)
+        flag = {"--method": "--method.name", "--reward": "--reward.name", "--guard": "--guard.rewards"}.get(flag, flag)
         if flag in LISTS:
             words = [value] if equals else []
             while not equals and waiting and not waiting[0].startswith("--"):
                 words.append(waiting.pop(0))
+            if not words and flag == "--guard.rewards":
+                raise InputError("guard is empty: name the rewards to watch, or leave it out.")
             whole = len(words) == 1 and words[0].startswith(("[", "null"))
             normal.append(f"{flag}={words[0] if whole else '[' + ', '.join(words) + ']'}")
         elif flag in SWITCHES and not equals and (not waiting or waiting[0].startswith("-")):
@@ -70,8 +72,9 @@ def value_of(arguments: list[str], flag: str) -> str | None:
 def help_of(parser: ArgumentParser) -> str:
     """The parser's help with the flags as people type them: `--batch-size`, `--method NAME`, a bare `--full` and its like."""
     text = re.sub(r"--(method|reward)\.name NAME", r"--\1 NAME", parser.format_help())
-    text = re.sub(r"^  --lora CONFIG .*\n", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^  --(lora|guard) CONFIG .*\n", "", text, flags=re.MULTILINE)
     text = re.sub(r", --[\w.]+\+ \w+", "", text)
+    text = re.sub(r"--guard\.rewards \[.*\]", "--guard NAME ...", text)
     text = re.sub(r"--[\w.]+", lambda m: m[0].replace("_", "-"), text)
     bare = "|".join(re.escape(flag.replace("_", "-")) for flag in SWITCHES)
     choice = " {true,false}"
@@ -113,8 +116,10 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def nested(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`method: draft` is short for `method: {name: draft}`; so with reward. Raises InputError where a group is no mapping."""
+    """`method: draft` is short for `method: {name: draft}`, so with reward; `guard: [NAME]` for its rewards. InputError for no mapping."""
     short = {k: {"name": v} for k, v in given.items() if k in ("method", "reward") and not isinstance(v, Mapping)}
+    if not isinstance(guard := given.get("guard", {}), Mapping):
+        short["guard"] = {"rewards": [guard] if isinstance(guard, str) else guard}
     if not isinstance(given.get("lora", {}), Mapping):
         raise InputError(f"lora is {given['lora']!r}: give its settings, such as 'lora: {{rank: 8}}', or leave it out.")
     return {**given, **short}

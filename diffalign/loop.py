@@ -54,6 +54,7 @@ class Training:
     examples: Stream | None = None  # of a method that trains on prompts and takes data besides
     costs: Costs = field(default_factory=Costs)
     sharded: bool = False  # each process has a part of every parameter, of its gradient and of what is kept of it
+    guard: dict[str, Any] = field(default_factory=dict[str, Any])  # what it remembers, and its best weights; nothing without a guard
 
     @property
     def device(self) -> torch.device:
@@ -86,6 +87,7 @@ class Training:
             "stream": self.stream.state(),
             "examples": self.examples and self.examples.state(),
             "memory": self.context.memory,
+            "guard": self.guard,
         }
         return fsdp.whole(state) if self.sharded else state
 
@@ -95,8 +97,7 @@ class Training:
         saved = state["parameters"]
         if {n: p.shape for n, p in self.parameters.items()} != {n: p.shape for n, p in saved.items()}:
             raise InputError("The checkpoint's weights do not fit this model: was it made with another base model or LoRA?")
-        for name, parameter in self.parameters.items():
-            parameter.copy_(self._own(saved[name], parameter))
+        self.put(saved)
         self.optimizer.load_state_dict(self._own_states(state["optimizer"]))
         self.schedule.load_state_dict(state["schedule"])
         if self.average is not None:
@@ -110,7 +111,14 @@ class Training:
         if self.examples is not None:
             self.examples.restore(state["examples"])
         self.context.memory.update(state["memory"])
+        self.guard = state["guard"]
         self.context.step, self.costs = state["step"], Costs(**state["costs"])
+
+    @torch.no_grad()
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        """Put weights in the place of those that train, by their names; each is whole, or this process's part."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self._own(weights[name], parameter))
 
     def _own(self, x: Any, parameter: Tensor) -> Any:
         """What this process has of a value that is kept for a parameter: of a tensor of its shape its part, where that is shared out."""

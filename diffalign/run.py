@@ -233,9 +233,9 @@ class Run:
             raise InputError(f"{self.path} holds no {name}/ yet: the run is unfinished. Resume it: diffalign train --resume {self.path}")
         return self.path / name
 
-    def save_weights(self, policy: Any) -> None:
-        """Write lora/ (or, after full fine-tuning, model/) as plain diffusers loads it."""
-        with checkpoint.whole(self.path / ("lora" if policy.frozen is None else "model")) as draft:
+    def save_weights(self, policy: Any, folder: str | None = None) -> None:
+        """Write lora/ (or, after full fine-tuning, model/), or another folder of the run, as plain diffusers loads it."""
+        with checkpoint.whole(self.path / (folder or ("lora" if policy.frozen is None else "model"))) as draft:
             policy.save(draft)
 
     @contextmanager

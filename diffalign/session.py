@@ -23,27 +23,22 @@ from diffalign.data import Prompt, check_pictures, text_of
 from diffalign.errors import InputError
 from diffalign.evaluate import evaluate, implicit_accuracy, sample, sheet
 from diffalign.flags import flat
+from diffalign.guard import closing
+from diffalign.guarding import Guarding, check_guard, check_resumed, guard_outcome, guard_rewards, guarding, rewind_guard
 from diffalign.inputs import Data, check_reward, eval_rewards, given_prompts, open_data, prompt_lists
 from diffalign.loop import Training, prepare, train
 from diffalign.lora import as_loaded
 from diffalign.memory import Trial, within_budget
 from diffalign.models import adapter_of, class_of, make_policy, prepare_to_train
 from diffalign.peaks import forget_peak
-from diffalign.processes import failed_before, least_of_all, make_accelerator, mesh_of, one_for_all
+from diffalign.processes import least_of_all, make_accelerator, mesh_of, one_for_all
 from diffalign.report import curve
 from diffalign.run import Run
 from diffalign.settings import LIVE
+from diffalign.signals import Stopped, noted
 from diffalign.streams import PromptList
 
 PICTURES = 8
-
-
-class Stopped(Exception):
-    """A signal asked the training to stop; the run is saved and can be resumed."""
-
-    def __init__(self, signum: int, step: int, path: Path) -> None:
-        super().__init__(f"signal {signum} at step {step}; the run in {path} can be resumed")
-        self.signum, self.step, self.path = signum, step, path
 
 
 def start(
@@ -70,13 +65,14 @@ def start(
     if not tiny.made(settings, settings.data):
         examples.check(settings.data, plan.method.needs.data)
     prompts, eval_prompts = given_prompts(settings, prompts, eval_prompts)
-    rewards = eval_rewards(plan)
+    rewards, guards = eval_rewards(plan), guard_rewards(plan)
     policy = make_policy(settings, live, train=False)
     with _given_back(policy, live):
         data = open_data(plan, policy, accelerator)
         train_prompts, held_out = prompt_lists(settings, prompts, eval_prompts, data)
         check_pictures([*train_prompts, *held_out], policy)
         check_reward(plan, policy, train_prompts)
+        check_guard(guards, policy, held_out)
         for steps in {plan.sample_steps, vars(plan.method).get("inference_steps", plan.sample_steps)}:
             policy.path.schedule(steps)
         prepare_to_train(policy, settings, mesh_of(settings))
@@ -91,7 +87,7 @@ def start(
         accelerator.wait_for_everyone()
         run = Run.open(path, live)
         with run.alone() if accelerator.is_main_process else nullcontext():
-            return drive(plan, run, policy, rewards, accelerator, data, resume=False)
+            return drive(plan, run, policy, rewards, guards, accelerator, data, resume=False)
 
 
 def resume(path: str | Path, steps: int | None = None, pipe: Any = None, reward: Any = None) -> Run:
@@ -107,9 +103,10 @@ def resume(path: str | Path, steps: int | None = None, pipe: Any = None, reward:
     if steps is not None:
         plan = replace(plan, settings=replace(plan.settings, steps=steps))
     state, _ = run.newest_checkpoint()  # before the model is loaded
+    check_resumed(plan, state, steps)
     accelerator = make_accelerator(plan.settings)
     plan = _of_as_many(plan, state["batch_size"], accelerator.num_processes)
-    rewards = eval_rewards(plan)
+    rewards, guards = eval_rewards(plan), guard_rewards(plan)
     policy = make_policy(plan.settings, pipe, train=False)
     with _given_back(policy, pipe):
         data = open_data(plan, policy, accelerator)
@@ -119,7 +116,7 @@ def resume(path: str | Path, steps: int | None = None, pipe: Any = None, reward:
         with run.alone() if accelerator.is_main_process else nullcontext():  # before anything in the folder is touched
             if steps is not None and accelerator.is_main_process:
                 run.write_config({**run.config, "steps": steps})
-            return drive(plan, run, policy, rewards, accelerator, data, resume=True)
+            return drive(plan, run, policy, rewards, guards, accelerator, data, resume=True)
 
 
 @contextmanager
@@ -142,8 +139,10 @@ def _of_as_many(plan: Plan, batch_size: int, processes: int) -> Plan:
     return replace(plan, settings=replace(plan.settings, batch_size=batch_size // processes))
 
 
-def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accelerator: Any, data: Data, resume: bool) -> Run:
-    """Train to the end or to a signal; the first process writes, and every process takes part in the steps."""
+def drive(
+    plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], guards: list[CheckedReward], accelerator: Any, data: Data, resume: bool
+) -> Run:
+    """Train to the end, to a signal, or to where the guard ends it; the first process writes, and every process takes part in the steps."""
     settings, main = plan.settings, accelerator.is_main_process
     prompts, held_out = run.read_prompts("train"), run.read_prompts("heldout")
     if data is None:
@@ -160,6 +159,7 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
         training.restore(state)
         if main:
             run.rewind_metrics(training.context.step)
+            rewind_guard(run, training.context.step)
         say(f"Resuming {run.path} at step {training.context.step}.")
     if main:
         say_notes(policy)
@@ -171,7 +171,9 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
         accelerator.init_trackers("diffalign", config=_for_trackers({"run": str(run.path), **plan.config()}))
     shown = (held_out * PICTURES)[:PICTURES]
     try:
-        _steps(plan, run, policy, training, shown)
+        guard = guarding(plan, run, policy, training, guards, held_out)
+        if guard is None or not guard.fired:
+            _steps(plan, run, policy, training, shown, guard)
     except InputError as error:
         if training.context.step == 0 or not main or settings.fsdp:  # to gather weights takes all processes, and one has failed
             raise
@@ -181,19 +183,24 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
         raise
     if training.average is not None:  # what is saved is what the pipeline now holds; the last checkpoint has the raw weights
         training.average.copy_to(training.parameters.values())
+    if guard is not None:
+        guard.settle()
     with policy.whole() if settings.fsdp else nullcontext():
         if main:
             run.save_weights(policy)
+    watched = guard_outcome(run) if main else None
     if (main or settings.fsdp) and settings.eval_size and (rewards or data):
-        chosen, picture = held_out[: settings.eval_size], run.path / "samples" / "before-after.png"
+        chosen, files = held_out[: settings.eval_size], (run.path / "eval.json", run.path / "samples" / "before-after.png")
         try:
-            results = evaluate_into(plan, policy, rewards, chosen, settings.seed + 1, run.path / "eval.json", picture, data, write=main)
+            results = evaluate_into(plan, policy, rewards, chosen, settings.seed + 1, *files, data, guard=watched, write=main)
         except KeyboardInterrupt:
             say(f"The weights are saved. Evaluate them: diffalign eval {run.path}")
             raise
         if main:
             console.print(comparison(results))
     if main:
+        if watched is not None:
+            say(closing(watched))
         run.save_picture("curve.png", curve({run.path.name: run.metrics}))
         say(f"Run: {run.path}   Again: {again(run.path, shown[0], settings.pipeline == LIVE)}")
     for tracker in accelerator.trackers:
@@ -202,8 +209,8 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
     return Run(run.path, run.live, policy if run.live is not None else None)
 
 
-def _steps(plan: Plan, run: Run, policy: Any, training: Training, shown: list[Prompt]) -> None:
-    """Take the steps that are left; rows, pictures and checkpoints as they fall due."""
+def _steps(plan: Plan, run: Run, policy: Any, training: Training, shown: list[Prompt], guard: Guarding | None) -> None:
+    """Take the steps that are left, or as many as the guard lets; rows, pictures and checkpoints as they fall due."""
     settings, accelerator, reward = plan.settings, training.accelerator, plan.reward
     main, picture_every = accelerator.is_main_process, settings.sample_every or max(1, settings.steps // 4)
     samples = main or settings.fsdp  # a network that is shared out works in all processes, or in none
@@ -227,20 +234,24 @@ def _steps(plan: Plan, run: Run, policy: Any, training: Training, shown: list[Pr
             pictures()
         checkpoint()
     due = False
-    with _signals() as caught:
+    with noted() as caught:
         rows = train(training, policy, plan.method, reward, settings)
         for row in watch(rows, training.context.step, settings.steps, main):
             if main:
                 run.append_metrics(row.metrics)
                 accelerator.log(row.metrics, step=row.step)
-            if samples and (row.step % picture_every == 0 or row.step == settings.steps):
+            fired = guard is not None and guard.after(row)
+            last = fired or row.step == settings.steps
+            if samples and (row.step % picture_every == 0 or last):
                 pictures()
-            due = due or row.step % settings.checkpoint_every == 0 or row.step == settings.steps
+            due = due or row.step % settings.checkpoint_every == 0 or last
             stop = training.anywhere(bool(caught))
             if row.boundary and (due or stop):
                 checkpoint()
                 due = False
-                if stop and row.step < settings.steps:
+                if fired:
+                    return
+                if stop and not last:
                     raise Stopped(caught[0] if caught else signal.SIGTERM, row.step, run.path)
 
 
@@ -254,11 +265,13 @@ def evaluate_into(
     picture: Path,
     data: Data = None,
     pairs: Any = None,
+    guard: Any = None,
     write: bool = True,
 ) -> dict[str, Any]:
     """Compare the policy with its base model, and write what `evaluate` found to `output` and the pictures to `picture`.
 
-    `pairs` is what was measured on the data before, and stays. Where all processes work on one network, the first is to `write`.
+    `pairs` is what was measured on the data before, `guard` what came of the run's guard; both stay. Where all processes work on one
+    network, the first is to `write`.
     """
     chosen = {"steps": plan.sample_steps, "seed": seed, "batch_size": plan.settings.batch_size}
     results, before, after = evaluate(policy, rewards, prompts, suffix=plan.suffix, **chosen)
@@ -266,7 +279,7 @@ def evaluate_into(
         held = data[1]
         accuracy = implicit_accuracy(policy, held, seed=seed, batch_size=plan.settings.batch_size)
         pairs = {"count": len(held), "implicit_accuracy": accuracy}
-    results |= {"pairs": pairs} if pairs else {}
+    results |= {name: value for name, value in {"pairs": pairs, "guard": guard}.items() if value}
     if not write:
         return results
     with whole(output) as draft:
@@ -309,29 +322,3 @@ def _in_words(plan: Plan, prompts: list[Prompt], training: Training, run: Run) -
         f"{plan.method_name} on {s.pipeline} with {seen}, {what} ({size:,} weights), "
         f"{s.steps} steps, {plan.batch_in_words(count)}, guidance {s.guidance_scale:g}, {s.precision}, seed {s.seed}. Into {run.path}"
     )
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Note SIGINT and SIGTERM instead of dying of them; a second one dies at once."""
-    caught: list[int] = []
-    before: dict[int, Any] = {}
-
-    def note(signum: int, frame: Any) -> None:
-        caught.append(signum)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if failed_before():  # the launcher ends the other processes: there is no step to wait for
-            signal.raise_signal(signum)
-        say("Stopping after this step, to save. Once more stops at once, and keeps the last checkpoint.")
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
-    except ValueError:  # not the main thread: signals are not ours to take
-        before.clear()
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

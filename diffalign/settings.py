@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from diffalign.errors import InputError
+from diffalign.guard import Guard
 from diffalign.lora import LoRA
 
 LIVE = "live object"
@@ -83,6 +84,7 @@ class Settings:
     fsdp: bool = False
     """With full: the processes of torchrun share the network out, with its gradients and the optimiser's states."""
     lora: LoRA = field(default_factory=LoRA)
+    guard: Guard = field(default_factory=Guard)
     steps: int = 100
     """Optimiser steps."""
     batch_size: int = 4

@@ -30,6 +30,7 @@ from diffalign.types import Data, PictureField
 MOST = {"steps": 2, "batch_size": 2, "accumulate": 2, "eval_size": 2, "warmup_steps": 1}  # of the settings
 MOST_OF_METHOD = {"batches": 1, "samples": 2, "forwards": 1, "pretrain_batches": 1}
 DENOISING, SHOWN = 10, 4  # denoising steps of the method, and of pictures and evaluation
+NEVER = 1_000_000  # evaluations: random rewards fall by chance, and a dry run takes all of its steps
 COUNTED = ("inference_steps", "random_steps", "k", "first", "last")  # what counts the method's denoising steps
 TEXTS = [f"a {colour} {thing}" for colour in ("red", "blue", "grey") for thing in ("dog", "cat", "cow", "hen")]
 FILES: dict[Data, str] = {"pairs": "pairs.jsonl", "labels": "pairs.jsonl", "pictures": "pictures.jsonl", "edits": "edits.jsonl"}
@@ -61,6 +62,7 @@ def cut(plan: Plan) -> Plan:
         height=s.height if own else None,
         width=s.width if own else None,
         lora=s.lora if own else replace(s.lora, init=None),
+        guard=replace(s.guard, size=MOST["batch_size"], patience=NEVER) if s.guard.rewards else s.guard,
         log=[],
     )
     smaller: dict[str, Any] = {name: min(fields[name], most) for name, most in MOST_OF_METHOD.items() if name in fields}
