@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,11 @@ from diffalign.errors import InputError, nearest
 
 GROUPS = ("method", "reward", "lora")  # of settings, each with names of its own
 MEANT_EMPTY = ("negative_prompt",)  # another thing than none
-LISTS = ("--eval_rewards", "--log", "--lora.target_modules", "--betas", "--original_size", "--crops_coords_top_left", "--target_size")
+COMPOSE = "compose"  # the reward that several make
+LISTS = (
+    *("--eval_rewards", "--log", "--reward.weights", "--lora.target_modules", "--betas"),
+    *("--original_size", "--crops_coords_top_left", "--target_size"),
+)
 SWITCHES = (
     *("--full", "--fsdp", "--tiny", "--gradient_checkpointing", "--channels_last", "--compile", "--offload", "--trajectories"),
     *("--method.checkpointing", "--method.reference_free", "--method.same_noise"),
@@ -28,7 +34,7 @@ SWITCHES = (
 def normal(arguments: list[str]) -> list[str]:
     """Flags as the parser knows them: `--batch-size` is batch_size, `--method NAME` method.name, a bare `--full` true.
 
-    The words after a flag that takes several become a list: `--log tensorboard wandb`.
+    The words after a flag that takes several become a list: `--log tensorboard wandb`; several rewards are the parts of one.
     """
     normal: list[str] = []
     waiting = list(arguments)
@@ -40,7 +46,11 @@ def normal(arguments: list[str]) -> list[str]:
         flag, equals, value = argument.partition("=")
         flag = "--" + flag[2:].replace("-", "_")
         flag = {"--method": "--method.name", "--reward": "--reward.name"}.get(flag, flag)
-        if flag in LISTS:
+        names = list(takewhile(lambda word: not word.startswith("--"), waiting)) if flag == "--reward.name" and not equals else []
+        if len(names) > 1:
+            del waiting[: len(names)]
+            normal += [f"{flag}={COMPOSE}", f"--reward.parts={json.dumps(names)}"]
+        elif flag in LISTS:
             words = [value] if equals else []
             while not equals and waiting and not waiting[0].startswith("--"):
                 words.append(waiting.pop(0))
@@ -108,7 +118,15 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def nested(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`method: draft` is short for `method: {name: draft}`; so with reward. Raises InputError where a group is no mapping."""
+    """`method: draft` is short for `method: {name: draft}`; so with reward, and a list of them is `reward: {name: compose, parts: [...]}`.
+
+    Raises InputError where a group is no mapping.
+    """
+    reward = given.get("reward")
+    if isinstance(reward, list):
+        given = {**given, "reward": {"name": COMPOSE, "parts": reward}}
+    elif isinstance(reward, Mapping) and "parts" in reward:
+        given = {**given, "reward": {"name": COMPOSE, **reward}}
     short = {k: {"name": v} for k, v in given.items() if k in ("method", "reward") and not isinstance(v, Mapping)}
     if not isinstance(given.get("lora", {}), Mapping):
         raise InputError(f"lora is {given['lora']!r}: give its settings, such as 'lora: {{rank: 8}}', or leave it out.")

@@ -17,9 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from diffalign import registry
 from diffalign.cache import digest
-from diffalign.config import model_preset, name_of, parameters, parse
+from diffalign.composing import given_reward, make_reward
+from diffalign.config import model_preset, parameters, parse
 from diffalign.console import console, say, say_notes
-from diffalign.contract import CheckedReward, as_reward
+from diffalign.contract import CheckedReward, as_reward, name_of
 from diffalign.data import Prompt, check_prompts, read_prompts
 from diffalign.errors import InputError
 from diffalign.models import make_policy
@@ -99,10 +100,11 @@ def make_pairs(
     flags = {"pipeline": str(pipe) if live is None else LIVE, "output": str(output), **given}
     if isinstance(prompts, str | Path):
         flags["prompts"] = str(prompts)
-    if isinstance(reward, str):
-        flags["reward"] = {"name": reward}
-    parser = build_parser(flags["pipeline"], reward if isinstance(reward, str) else None)
-    settled = settle(parse(parser, lambda: parser.parse_object(flags)), None if isinstance(reward, str) else reward)
+    named, live_reward = given_reward(reward)
+    if named is not None:
+        flags["reward"] = named
+    parser = build_parser(flags["pipeline"], named["name"] if named else None)
+    settled = settle(parse(parser, lambda: parser.parse_object(flags)), live_reward)
     texts = None if prompts is None or isinstance(prompts, str | Path) else check_prompts(list(prompts))
     return make(*settled, texts=texts, live=live)
 
@@ -137,8 +139,9 @@ def settle(parsed: Namespace, reward: Any = None) -> tuple[Making, CheckedReward
     elif name is None:
         raise InputError("pairs need a reward: --reward NAME. See: diffalign list rewards.")
     else:
-        found, _ = registry.find("rewards", name)
-        checked = CheckedReward(as_reward(found(**reward_fields) if isinstance(found, type) else found), name)
+        made, reward_fields = make_reward(name, reward_fields)
+        checked = CheckedReward(made, name)
+    checked.check_settled("diffalign pairs is none")
     return Making(**values), checked, reward_fields, output
 
 

@@ -22,7 +22,7 @@ from diffalign.data import Prompt, PromptList, check_pictures, text_of
 from diffalign.errors import InputError
 from diffalign.evaluate import evaluate, implicit_accuracy, sample, sheet
 from diffalign.flags import flat
-from diffalign.inputs import Data, check_reward, eval_rewards, given_prompts, open_data, prompt_lists
+from diffalign.inputs import Data, check_parts, check_reward, eval_rewards, given_prompts, open_data, prompt_lists
 from diffalign.loop import Training, prepare, train
 from diffalign.memory import Trial, within_budget
 from diffalign.models import adapter_of, class_of, make_policy, prepare_to_train
@@ -66,6 +66,7 @@ def start(
     if not tiny.made(settings, settings.data):
         examples.check(settings.data, plan.method.needs.data)
     prompts, eval_prompts = given_prompts(settings, prompts, eval_prompts)
+    check_parts(plan, prompts, eval_prompts)
     rewards = eval_rewards(plan)
     policy = make_policy(settings, live, train=False)
     with _given_back(policy, live):
@@ -73,11 +74,13 @@ def start(
         train_prompts, held_out = prompt_lists(settings, prompts, eval_prompts, data)
         check_pictures([*train_prompts, *held_out], policy)
         check_reward(plan, policy, train_prompts)
+        check_parts(plan, None, held_out)
         for steps in {plan.sample_steps, vars(plan.method).get("inference_steps", plan.sample_steps)}:
             policy.path.schedule(steps)
         prepare_to_train(policy, settings, mesh_of(settings))
         if settings.memory_budget is not None:  # before the settings are recorded: a resumed run has the same batches
-            plan, found = within_budget(Trial(plan, policy, train_prompts, data[0] if data else None), least_of_all)
+            with plan.reward.rehearsal() if plan.reward is not None else nullcontext():
+                plan, found = within_budget(Trial(plan, policy, train_prompts, data[0] if data else None), least_of_all)
             say(f"Memory budget {found}")
         if accelerator.is_main_process:
             run = Run.create(path, {**plan.config(), "processes": accelerator.num_processes}, live)
