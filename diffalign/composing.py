@@ -53,7 +53,7 @@ def given_reward(reward: Any) -> tuple[dict[str, Any] | None, Any]:
     return None, compose(**{key: value for key, value in fields.items() if key != "name"})
 
 
-def _composed(parts: Sequence[Any], weights: Sequence[float] | None = None, combine: str = "sum") -> tuple[Reward, dict[str, Any]]:
+def _composed(parts: Sequence[Any] = (), weights: Sequence[float] | None = None, combine: str = "sum") -> tuple[Reward, dict[str, Any]]:
     found, _ = registry.find("rewards", COMPOSE)
     if isinstance(parts, str | Mapping):
         raise InputError("parts is no list: give the rewards' names, [hps-v2.1, aesthetic], or mappings of a name and its fields.")

@@ -11,12 +11,12 @@ from diffalign.composing import make_reward
 from diffalign.config import Plan
 from diffalign.console import say
 from diffalign.contract import CheckedReward, check_gradient, short_name
-from diffalign.data import Prompt, batch_of, hold_out, read_prompts, takes, text_of
+from diffalign.data import Prompt, batch_of, hold_out, read_prompts, takes, without_pictures
 from diffalign.errors import InputError
 from diffalign.examples import ExampleSet
 from diffalign.models import adapter_of, class_of
 from diffalign.settings import Settings
-from diffalign.types import ComposedReward, Prompts
+from diffalign.types import ComposedReward
 
 Data = tuple[ExampleSet, ExampleSet] | None  # training and held-out examples
 
@@ -105,8 +105,8 @@ def check_parts(plan: Plan, prompts: Sequence[Prompt] | None, held: Sequence[Pro
     """Raise InputError where no part of a composed reward is for one of the prompts, or one is for none that it is trained on."""
     if plan.reward is not None and isinstance(plan.reward.reward, ComposedReward):
         if prompts:
-            plan.reward.reward.check(Prompts(tuple(map(text_of, prompts))), whole=True)
-        plan.reward.reward.check(Prompts(tuple(map(text_of, held or ()))))
+            plan.reward.reward.check(without_pictures(prompts), whole=True)
+        plan.reward.reward.check(without_pictures(held or ()))
 
 
 def check_reward(plan: Plan, policy: Any, prompts: list[Prompt]) -> None:

@@ -21,7 +21,7 @@ from diffalign.composing import given_reward, make_reward
 from diffalign.config import model_preset, parameters, parse
 from diffalign.console import console, say, say_notes
 from diffalign.contract import CheckedReward, as_reward, name_of
-from diffalign.data import Prompt, check_prompts, read_prompts
+from diffalign.data import PicturePrompt, Prompt, check_prompts, read_prompts, text_of
 from diffalign.errors import InputError
 from diffalign.models import make_policy
 from diffalign.ranks import Drawn, Outcome, Ranked, claim, count, ledger, rewrite, write
@@ -215,7 +215,7 @@ def _missing(making: Making, done: Sequence[Ranked], prompts: Sequence[str]) -> 
 
 
 def _texts(prompts: Sequence[Prompt]) -> list[str]:
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    texts = [text_of(prompt) for prompt in prompts if not isinstance(prompt, PicturePrompt)]
     if len(texts) < len(prompts):
         raise InputError("These prompts come with pictures to edit: diffalign pairs samples models that make pictures from text.")
     return texts

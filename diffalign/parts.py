@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -117,21 +118,22 @@ class Part:
         if self._pattern is not None:
             return [self._pattern.search(text) is not None for text in prompts.text]
         if isinstance(self.when, dict):
-            wanted, rows = self.when.items(), prompts.metadata or ({},) * len(prompts)
+            wanted, rows = self.when.items(), prompts.metadata or ()
+            if len(rows) < len(prompts):
+                example = json.dumps({"prompt": "a dog", "metadata": self.when})
+                raise self._error(f"when asks for metadata, which these prompts do not have: give a .jsonl file of lines such as {example}")
             return [all(key in row and row[key] == value for key, value in wanted) for row in rows]
         return [True] * len(prompts)
 
     def shaped(self, raw: Tensor, moments: Moments) -> Tensor:
         """s(r) of raw scores (B,), without the weight; `moments` are those of a running part. Statistics are constants to the gradient."""
-        mean, std = {"none": (0.0, 1.0), "fixed": (self.mean or 0.0, self.std or 1.0), "running": (moments.mean, moments.scale)}[
-            self.normalise
-        ]
+        mean, std = (self.mean or 0.0, self.std or 1.0) if self.normalise == "fixed" else (moments.mean, moments.scale)
         if not self.bounded:
-            return (raw - mean) / std if self.normalise != "none" else raw
+            return raw if self.normalise == "none" else (raw - mean) / std
         low, high = (-math.inf if self.at_least is None else self.at_least), (math.inf if self.at_most is None else self.at_most)
         if self.threshold == "step":
             return ((raw >= low) & (raw <= high)).to(raw)
-        return ((raw - low).clamp(max=0) + (high - raw).clamp(max=0)) / std
+        return ((raw - low).clamp(max=0) + (high - raw).clamp(max=0)) / (1.0 if self.normalise == "none" else std)
 
 
 SHAPING = tuple(field.name for field in fields(Part) if field.name != "reward")

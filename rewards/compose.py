@@ -164,7 +164,7 @@ class Compose:
         return found
 
     def _power(self, part: Part, shaped: Tensor, known: Tensor) -> Tensor:
-        lowest = float(torch.where(known, shaped, torch.ones_like(shaped)).min())
+        lowest = float(torch.where(known, shaped, torch.ones_like(shaped)).detach().min())
         if lowest < 0:
             raise InputError(
                 f"The part {part.label} is {lowest:.4g}, and a product takes parts of 0 or more: combine sum or min, or shift it."
