@@ -112,7 +112,8 @@ def _own_rewards(run: Run) -> list[CheckedReward]:
         rewards = eval_rewards(resolve(run.config))
         if rewards and isinstance(rewards[0].reward, StatefulReward):  # as the training left it
             memory = run.newest_checkpoint()[0]["memory"]
-            rewards[0].reward.restore(memory[STATE])
+            if STATE in memory:
+                rewards[0].reward.restore(memory[STATE])
         return rewards
     except InputError as error:
         raise InputError(f"A reward of {run.path} cannot be had: {error} Put it back, or name others with --reward NAME.") from error

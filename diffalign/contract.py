@@ -133,7 +133,7 @@ class CheckedReward:
         if self.noted is not None:
             for name, scores in raw.items():
                 self.noted.setdefault(name, []).append(scores.detach().cpu())
-        if self.learners is not None and isinstance(reward, StatefulReward):
+        if self.learners is not None and reward.learns:
             self.seen.append(everyone(torch.stack([scores.detach() for scores in raw.values()], 1), self.learners, len(prompts)))
             if reward.waits:
                 reward.presume(self.seen[-1])

@@ -22,7 +22,7 @@ GROUPS = ("method", "reward", "lora")  # of settings, each with names of its own
 MEANT_EMPTY = ("negative_prompt",)  # another thing than none
 COMPOSE = "compose"  # the reward that several make
 LISTS = (
-    *("--eval_rewards", "--log", "--reward.weights", "--lora.target_modules", "--betas"),
+    *("--eval_rewards", "--log", "--lora.target_modules", "--betas"),
     *("--original_size", "--crops_coords_top_left", "--target_size"),
 )
 SWITCHES = (
@@ -50,7 +50,7 @@ def normal(arguments: list[str]) -> list[str]:
         if len(names) > 1:
             del waiting[: len(names)]
             normal += [f"{flag}={COMPOSE}", f"--reward.parts={json.dumps(names)}"]
-        elif flag in LISTS:
+        elif flag in LISTS or (flag == "--reward.weights" and is_number(value if equals else waiting[0] if waiting else "")):
             words = [value] if equals else []
             while not equals and waiting and not waiting[0].startswith("--"):
                 words.append(waiting.pop(0))
@@ -61,6 +61,15 @@ def normal(arguments: list[str]) -> list[str]:
         else:
             normal.append(flag + equals + value)
     return normal
+
+
+def is_number(word: str) -> bool:
+    """Whether it is the weight of a part, and not a field of a reward of one's own, such as its file."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def value_of(arguments: list[str], flag: str) -> str | None:

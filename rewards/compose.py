@@ -13,7 +13,7 @@ from torch import Tensor
 from diffalign.contract import CheckedReward
 from diffalign.errors import InputError
 from diffalign.parts import Moments, Part
-from diffalign.types import LearnedReward, Modality, Prompts
+from diffalign.types import LearnedReward, Modality, Prompts, StatefulReward
 
 Combine = Literal["sum", "min", "product"]
 NEUTRAL = {"sum": 0.0, "min": float("inf"), "product": 1.0}  # what a part is to a prompt that it is not for
@@ -176,6 +176,11 @@ class Compose:
     # --- running statistics ---
 
     @property
+    def learns(self) -> bool:
+        """Whether anything in it changes with what was scored."""
+        return bool(self.running) or any(isinstance(part.reward, StatefulReward) for part in self.parts)
+
+    @property
     def waits(self) -> bool:
         """Whether a running part has no statistics yet."""
         return any(not self.moments[part.label].count and part.label not in self.first for part in self.running)
@@ -187,9 +192,13 @@ class Compose:
                 self.first[part.label] = Moments().after(values)
 
     def learn(self, scores: Tensor) -> None:
-        """Add the raw scores (N, parts) of a round, of all processes; NaN where a part was not asked."""
+        """Add the raw scores (N, parts) of a round, of all processes; NaN where a part was not asked. Parts with a state learn too."""
         self.moments.update({part.label: self.moments[part.label].after(values) for part, values in self._columns(scores)})
         self.first.clear()
+        for part, column in zip(self.parts, scores.unbind(1), strict=True):
+            asked = column[~column.isnan()]
+            if isinstance(part.reward, StatefulReward) and len(asked):
+                part.reward.learn(asked)
 
     def _columns(self, scores: Tensor) -> list[tuple[Part, list[float]]]:
         columns = scores.double().cpu().unbind(1)
@@ -197,17 +206,21 @@ class Compose:
         return [(part, column[~column.isnan()].tolist()) for part, column in pairs if part.normalise == "running"]
 
     def state(self) -> dict[str, Any]:
-        """The statistics: of each running part count, mean and sum of squares."""
-        return {label: [m.count, m.mean, m.squares] for label, m in self.moments.items()}
+        """Of each running part `statistics`: count, mean and sum of squares; and the state of those `parts` that have one."""
+        stateful = {part.label: part.reward.state() for part in self.parts if isinstance(part.reward, StatefulReward)}
+        return {"statistics": {label: [m.count, m.mean, m.squares] for label, m in self.moments.items()}, "parts": stateful}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go back to a state; raises InputError where it is of other parts."""
-        if state.keys() != self.moments.keys():
-            raise InputError(
-                f"The run has statistics of {', '.join(state) or 'no part'}, and now {', '.join(self.moments) or 'none'} has some."
-            )
-        self.moments.update({label: Moments(*values) for label, values in state.items()})
+        mine = self.state()
+        if any(state[kind].keys() != mine[kind].keys() for kind in mine):
+            theirs, ours = ([label for kind in which.values() for label in kind] for which in (state, mine))
+            raise InputError(f"The run has a state of {', '.join(theirs) or 'no part'}, and now {', '.join(ours) or 'no part'} has one.")
+        self.moments.update({label: Moments(*values) for label, values in state["statistics"].items()})
         self.first.clear()
+        for part in self.parts:
+            if isinstance(part.reward, StatefulReward):
+                part.reward.restore(state["parts"][part.label])
 
     # --- weights ---
 

@@ -39,10 +39,9 @@ class Column:
         return media[:, self.at]
 
 
-def of(combine: str = "sum", a: dict[str, Any] | None = None, b: dict[str, Any] | None = None) -> Any:
-    return diffalign.compose(
-        [{"reward": Column(0), "label": "a", **(a or {})}, {"reward": Column(1), "label": "b", **(b or {})}], None, combine
-    )
+def of(combine: Any = "sum", a: dict[str, Any] | None = None, b: dict[str, Any] | None = None) -> Any:
+    parts = [{"reward": Column(0), "label": "a", **(a or {})}, {"reward": Column(1), "label": "b", **(b or {})}]
+    return diffalign.compose(parts, combine=combine)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +193,7 @@ def test_statistics_are_those_before_the_round_and_of_the_first_batch_in_the_fir
         a, b = seen[:, 0], seen[np.tile(theirs, len(seen) // 4), 1]
         expected = (batch[:, 0] - a.mean()) / a.std() + np.where(theirs, (batch[:, 1] - b.mean()) / b.std(), 0)
         assert found[i].tolist() == pytest.approx(expected, rel=1e-5)
-    count, mean, squares = state["b"]
+    count, mean, squares = state["statistics"]["b"]
     of_b = stream[np.tile(theirs, 6), 1]
     assert (count, mean, math.sqrt(squares / count)) == (12, pytest.approx(of_b.mean()), pytest.approx(of_b.std()))
 
@@ -221,13 +220,44 @@ def test_nothing_moves_outside_a_training() -> None:
         assert checked(MEDIA * 9, THREE).tolist() == pytest.approx([7 / std, 16 / std, 25 / std])
     assert reward.state() == blank
     assert reward.waits
-    reward.restore({"a": [3, 2.0, 2.0]})
+    reward.restore({"statistics": {"a": [3, 2.0, 2.0]}, "parts": {}})
     before = reward.state()
     assert torch.equal(checked(MEDIA, THREE), checked(MEDIA, THREE))
     checked.end_round()
     assert reward.state() == before
-    with pytest.raises(InputError, match="The run has statistics of b, and now a has some"):
-        reward.restore({"b": [1, 0.0, 0.0]})
+    with pytest.raises(InputError, match="The run has a state of b, and now a has one"):
+        reward.restore({"statistics": {"b": [1, 0.0, 0.0]}, "parts": {}})
+
+
+@dataclass
+class Rising(Column):
+    """A part with a state of its own."""
+
+    bar: float = 0.0
+
+    def __call__(self, media: Tensor, prompts: Prompts) -> Tensor:
+        return super().__call__(media, prompts) - self.bar
+
+    def learn(self, scores: Tensor) -> None:
+        self.bar += float(scores.mean())
+
+    def state(self) -> dict[str, Any]:
+        return {"bar": self.bar}
+
+    def restore(self, state: Any) -> None:
+        self.bar = state["bar"]
+
+
+def test_a_part_with_a_state_learns_from_its_own_scores() -> None:
+    reward = of("sum", {"reward": Rising(0), "when": "o"}, {"weight": 0})
+    checked = CheckedReward(reward, "compose", learners=ALONE)
+    checked(MEDIA, THREE)
+    checked(MEDIA[:2], THREE[:2])
+    checked.end_round()
+    assert reward.state() == {"statistics": {}, "parts": {"a": {"bar": pytest.approx((1 + 2 + 3 + 1 + 2) / 5)}}}
+    assert reward(MEDIA, THREE).tolist() == pytest.approx([-0.8, 0.2, 1.2])
+    reward.restore({"statistics": {}, "parts": {"a": {"bar": 1.0}}})
+    assert reward(MEDIA, THREE).tolist() == [0, 1, 2]
 
 
 # --- what people write ---

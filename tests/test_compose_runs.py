@@ -21,8 +21,8 @@ from diffalign.errors import InputError
 from diffalign.types import Prompts
 
 SMALL: dict[str, Any] = {
-    "steps": 4, "batch_size": 4, "learning_rate": 1e-3, "lr_schedule": "constant", "inference_steps": 2, "sample_steps": 2, "guidance_scale": 1.0,
-    "eval_size": 4, "eval_rewards": [], "device": "cpu",
+    "steps": 4, "batch_size": 4, "learning_rate": 1e-3, "lr_schedule": "constant", "inference_steps": 2, "sample_steps": 2,
+    "guidance_scale": 1.0, "eval_size": 4, "eval_rewards": [], "device": "cpu",
 }  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def test_from_the_command_line_to_the_run_and_back(run_cli: Any, files: Path, tm
     assert run.config["reward"] == recorded
     table = run.evaluation["rewards"]
     held = [prompt for prompt in run.read_prompts("heldout") if "red" in str(prompt) or "grey" in str(prompt)]
-    assert list(table)[0] == "compose"
+    assert next(iter(table)) == "compose"
     assert list(table)[-1] == "plain"
     assert set(table) - {"compose/jpeg-compressibility"} == {"compose", "compose/red", "plain"}
     assert ("compose/jpeg-compressibility" in table) == bool(held)
@@ -135,15 +135,13 @@ def test_pairs_are_labelled_by_the_total(files: Path, tmp_path: Path) -> None:
 
 
 def test_running_statistics_are_those_of_all_scores_and_survive_a_stop(files: Path, tmp_path: Path) -> None:
-    seen: list[tuple[list[float], list[float]]] = []
-
     whole = ddpo(files, tmp_path / "whole")
     state = checkpoint.newest(whole.path / "checkpoints")[0]
-    assert state["memory"]["reward"].keys() == {"red", "bright"}
-    assert state["memory"]["reward"]["bright"][0] == 4 * 2 * 2 * 4, "every sample of four rounds"
+    statistics = state["memory"]["reward"]["statistics"]
+    assert statistics.keys() == {"red", "bright"}
+    assert statistics["bright"][0] == 4 * 2 * 2 * 4, "every sample of four rounds"
     rows = whole.metrics
-    assert state["memory"]["reward"]["bright"][1] == pytest.approx(np.mean([row["reward/bright"] for row in rows]), rel=1e-5)
-    del seen
+    assert statistics["bright"][1] == pytest.approx(np.mean([row["reward/bright"] for row in rows]), rel=1e-5)
     stopped = ddpo(files, tmp_path / "stopped", steps=2)
     resumed = diffalign.resume(stopped.path, steps=4)
     again = checkpoint.newest(resumed.path / "checkpoints")[0]
@@ -154,10 +152,6 @@ def test_running_statistics_are_those_of_all_scores_and_survive_a_stop(files: Pa
     for ours, theirs in zip(resumed.metrics, rows, strict=True):
         assert {k: v for k, v in ours.items() if k not in costs} == {k: v for k, v in theirs.items() if k not in costs}
     assert resumed.evaluation == whole.evaluation
-
-    before = (whole.path / "eval.json").read_text()
-    assert diffalign.cli.main(["eval", str(whole.path)]) == 0 if hasattr(diffalign, "cli") else True
-    assert (whole.path / "eval.json").read_text() == before, "evaluated again with the training's statistics"
 
 
 def test_statistics_in_an_evaluation_are_frozen(files: Path, tmp_path: Path) -> None:
@@ -176,7 +170,7 @@ def test_statistics_in_an_evaluation_are_frozen(files: Path, tmp_path: Path) -> 
 
 
 def _moments(run: Any, name: str) -> tuple[float, float]:
-    count, mean, squares = checkpoint.newest(run.path / "checkpoints")[0]["memory"]["reward"][name]
+    count, mean, squares = checkpoint.newest(run.path / "checkpoints")[0]["memory"]["reward"]["statistics"][name]
     return mean, (squares / count) ** 0.5
 
 
@@ -202,25 +196,14 @@ def test_ddpo_logs_parts_without_a_gradient(tmp_path: Path) -> None:
 
 
 def test_two_processes_have_the_statistics_of_one(files: Path, tmp_path: Path) -> None:
-    call = {
-        **SMALL,
-        "steps": 2,
-        "eval_size": 0,
-        "reward": parts_of(files),
-        "prompts": str(files / "prompts.txt"),
-        "k": 2,
-        "method": "draft",
-    }
-    reward = [{**part, "name": part["name"].replace("plain", "shade")} for part in call["reward"]]
-    (tmp_path / "rewards.py").write_text((files / "rewards.py").read_text() + SHADE)
-    call["reward"] = [{**part, "name": part["name"].replace(str(files), str(tmp_path))} for part in reward]
+    call = {**SMALL, "steps": 2, "eval_size": 0, "reward": parts_of(files), "prompts": str(files / "prompts.txt"), "k": 2}
     (tmp_path / "work.py").write_text(WORK)
     done = torchrun("work.py", json.dumps({**call, "batch_size": 2}), str(files / "model"), folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     alone = diffalign.align(files / "model", output=tmp_path / "one", **call)
     both = diffalign.load(tmp_path / "two")
     assert both.config["processes"] == 2
-    ours, theirs = (checkpoint.newest(run.path / "checkpoints")[0]["memory"]["reward"] for run in (both, alone))
+    ours, theirs = (checkpoint.newest(run.path / "checkpoints")[0]["memory"]["reward"]["statistics"] for run in (both, alone))
     for name in ("red", "bright"):
         assert ours[name][0] == theirs[name][0] > 2
         assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
@@ -229,11 +212,6 @@ def test_two_processes_have_the_statistics_of_one(files: Path, tmp_path: Path) -
             assert two[metric] == pytest.approx(one[metric], rel=1e-3, abs=1e-4), metric
 
 
-SHADE = """
-@diffalign.reward(differentiable=True)
-def shade(images, prompts):
-    return images.mean((1, 2, 3))
-"""
 WORK = """
 import json, sys
 import diffalign
@@ -264,8 +242,8 @@ def test_metadata_of_prompts_reach_the_parts(files: Path, tmp_path: Path) -> Non
         output=tmp_path / "run", **{**SMALL, "steps": 2, "batch_size": 8, "k": 1},
     )  # fmt: skip
     assert {"reward/red", "reward/bright"} <= run.metrics[0].keys()
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "metadata": "photo"}')
     with pytest.raises(InputError, match=r"prompts\.jsonl, line 1: metadata is an object of texts and numbers"):
-        (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "metadata": "photo"}')
         read_prompts(str(tmp_path / "prompts.jsonl"))
 
 

@@ -35,6 +35,8 @@ def run(arguments: list[str]) -> int:
 
 def _split_fields(arguments: list[str]) -> tuple[list[str], list[str]]:
     """(the other words, the words `--reward.FIELD value`)."""
+    from diffalign.flags import is_number
+
     words, fields = list[str](), list[str]()
     waiting = list(arguments)
     while waiting:
@@ -43,17 +45,9 @@ def _split_fields(arguments: list[str]) -> tuple[list[str], list[str]]:
         (fields if own else words).append(word)
         if own and "=" not in word and waiting:
             fields.append(waiting.pop(0))
-            while word == "--reward.weights" and waiting and _is_number(waiting[0]):
+            while word == "--reward.weights" and waiting and is_number(waiting[0]):
                 fields.append(waiting.pop(0))
     return words, fields
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 def _several(arguments: list[str]) -> tuple[list[str], list[str]]:
