@@ -350,9 +350,9 @@ class StatefulReward(Reward, Protocol):
 class ComposedReward(Reward, Protocol):
     """A reward of several parts: `total(measure(media, prompts))` is its call; `measure` gives each part's raw scores, (B,), by name.
 
-    `learns` says whether it has a state at all, `waits` that statistics are lacking before `total` can be; `presume` takes the first raw scores (N, parts) for them. `check`
-    raises InputError for a prompt that no part is for, and of a training's `whole` prompts for a part that is for none; `still` are the
-    parts without a gradient.
+    `learns` says whether it has a state at all, `waits` that statistics are lacking before `total` can be; `presume` takes the first raw
+    scores (N, parts) for them. `check` raises InputError for a prompt that no part is for, and of a training's `whole` prompts for a part
+    that is for none; `still` are the parts without a gradient.
     """
 
     @property

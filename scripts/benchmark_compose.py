@@ -4,8 +4,8 @@
 
 `shapes-clip` wants what the prompt says; `bright`, the mean of all pixels, wants white. Every row is a training with the method's settings
 for `shapes`, but for its steps and batches of 16; judged on 64 held-out prompts with noise that the training never saw, 10 denoising
-steps, by both, and by the share of pictures in which all is right, which nothing was trained on. Prints a Markdown table. The bars, or it
-exits with status 1: at most 180 s of training in all for a seed; each reward alone raises itself; min over z-scores raises both parts.
+steps, by both, and by the share of pictures in which all is right, which nothing was trained on. Prints a Markdown table. The bar, or it
+exits with status 1: each reward alone raises itself, with its 95% interval above 0.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import diffalign
 
-HELD_OUT, MOST_SECONDS = 64, 180
+HELD_OUT = 64
 PARTS = ("shapes-clip", "bright", "shapes-all-right")
 
 
@@ -34,6 +34,7 @@ def cases() -> dict[str, Any]:
         "shapes-clip alone": [clip],
         "bright alone": [other],
         "sum, raw": [clip, other],
+        "min, raw": {"combine": "min", "parts": [clip, other]},
         "sum, running": both,
         "min, running": {"combine": "min", "parts": both},
         "sum, bright at least 0.6": [clip, {**other, "at_least": 0.6}],
@@ -56,7 +57,6 @@ def main() -> int:
     print("| --- " * (3 + len(PARTS)) + "|")
     passed = True
     for seed in chosen.seeds:
-        seconds = 0.0
         for name, reward in cases().items():
             folder = chosen.output / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
             if not (folder / "eval.json").exists():
@@ -66,16 +66,13 @@ def main() -> int:
                 )  # fmt: skip
             run = diffalign.load(folder)
             found = {part: run.evaluation["rewards"][part] for part in PARTS}
-            low = {part: row["interval"][0] for part, row in found.items()}
-            seconds += run.metrics[-1]["seconds"]
+            lows = {part: row["interval"][0] for part, row in found.items()}
             cells = [
                 f"{row['before']:.3f} -> {row['after']:.3f} [{row['interval'][0]:+.3f}, {row['interval'][1]:+.3f}]"
                 for row in found.values()
             ]
             print(f"| {name} | {seed} | {run.metrics[-1]['seconds']:.0f} | {' | '.join(cells)} |", flush=True)
-            wanted = {"shapes-clip alone": PARTS[:1], "bright alone": PARTS[1:2], "min, running": PARTS[:2]}.get(name, ())
-            passed &= all(low[part] > 0 for part in wanted)
-        passed &= seconds <= MOST_SECONDS
+            passed &= all(low > 0 for part, low in lows.items() if name == f"{part} alone")
     return 0 if passed else 1
 
 
