@@ -44,7 +44,9 @@ def given_reward(reward: Any) -> tuple[dict[str, Any] | None, Any]:
     if isinstance(reward, str):
         return {"name": reward}, None
     if isinstance(reward, Mapping) and "parts" not in reward:
-        return {"name": None, **reward}, None
+        if "name" not in reward:
+            raise InputError(f"The reward {dict(reward)!r} has no name: give name: NAME and its fields, or parts: a list of rewards.")
+        return dict(reward), None
     if not isinstance(reward, Mapping | list | tuple):
         return None, reward
     fields: dict[str, Any] = {"name": COMPOSE, **(reward if isinstance(reward, Mapping) else {"parts": list(reward)})}
