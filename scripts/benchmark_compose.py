@@ -34,7 +34,6 @@ def cases() -> dict[str, Any]:
         "shapes-clip alone": [clip],
         "bright alone": [other],
         "sum, raw": [clip, other],
-        "min, raw": {"combine": "min", "parts": [clip, other]},
         "sum, running": both,
         "min, running": {"combine": "min", "parts": both},
         "sum, bright at least 0.6": [clip, {**other, "at_least": 0.6}],
