@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from diffalign.api import align, load
+    from diffalign.composing import compose
     from diffalign.contract import reward
     from diffalign.errors import InputError
     from diffalign.models import make_policy
@@ -23,6 +24,7 @@ __all__ = [
     "InputError",
     "Run",
     "align",
+    "compose",
     "ddim",
     "flow_sde",
     "load",
@@ -40,6 +42,7 @@ _HOMES = {
     "InputError": "errors",
     "Run": "run",
     "align": "api",
+    "compose": "composing",
     "ddim": "sampling",
     "flow_sde": "sampling",
     "load": "api",

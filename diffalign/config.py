@@ -16,13 +16,14 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from diffalign import knobs, registry
-from diffalign.contract import CheckedReward, FunctionReward, as_reward, short_name
+from diffalign.composing import make_reward
+from diffalign.contract import CheckedReward, FunctionReward, as_reward, name_of, short_name
 from diffalign.errors import InputError
-from diffalign.flags import flat, nested, normal, parameters, parse, refuse_empty
+from diffalign.flags import COMPOSE, flat, nested, normal, parameters, parse, refuse_empty
 from diffalign.guard import Guard
 from diffalign.lora import LoRA
 from diffalign.settings import LIVE, Settings
-from diffalign.types import Method
+from diffalign.types import ComposedReward, Method
 
 DATA = {
     "pairs": "preference pairs: --data FOLDER with pairs.jsonl (prompt, chosen, rejected). Make some: diffalign pairs --reward NAME "
@@ -90,7 +91,7 @@ class Plan:
         reward_name = self.reward_name and _absolute_plugin(self.reward_name)
         config: dict[str, Any] = {
             "method": {"name": _absolute_plugin(self.method_name), **asdict(self.method)},
-            "reward": {"name": LIVE if self.reward_is_live else reward_name, **self.reward_fields},
+            "reward": {"name": LIVE if self.reward_is_live else reward_name, **_recorded(self.reward_name, self.reward_fields)},
             **settings,
         }
         return _plain(config)
@@ -107,6 +108,13 @@ def _absolute_plugin(name: str) -> str:
     """`path/to/file.py:Name` from the root; other names as they are."""
     file, colon, attribute = name.rpartition(":")
     return f"{_absolute(file)}:{attribute}" if colon and file.endswith(".py") else name
+
+
+def _recorded(reward: str | None, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A reward's fields; the plug-ins among the parts of compose are named from the root."""
+    if reward != COMPOSE or "parts" not in fields:
+        return fields
+    return {**fields, "parts": [{**part, "name": _absolute_plugin(part["name"])} for part in fields["parts"]]}
 
 
 def _plain(value: Any) -> Any:
@@ -231,8 +239,8 @@ def settle(parsed: Namespace, names: Names, reward: Any = None) -> Plan:
     if reward is not None:
         checked = CheckedReward(as_reward(reward), names.reward or "reward")
     elif names.reward is not None:
-        made = reward_class(**reward_fields) if isinstance(reward_class, type) else reward_class
-        checked = CheckedReward(as_reward(made), short_name(names.reward), tiny=values["tiny"])
+        made, reward_fields = make_reward(names.reward, reward_fields)
+        checked = CheckedReward(made, short_name(names.reward), tiny=values["tiny"])
     settings = Settings(**{**values, "lora": LoRA(**values["lora"]), "guard": Guard(**values["guard"]), "betas": tuple(values["betas"])})
     return Plan(settings, names.method, method, names.reward, checked, reward_fields, reward is not None)
 
@@ -263,6 +271,8 @@ def check_needs(plan: Plan) -> None:
         raise InputError(f"{plan.method_name} trains on {DATA[needs.data]}. See docs/data.md.")
     if needs.data is None and plan.settings.data is not None:
         raise InputError(f"{plan.method_name} takes no data: drop --data. Its samples are its own.")
+    if plan.reward is not None and needs.data_role == "only" and needs.data is not None:
+        plan.reward.check_settled(f"{plan.method_name} scores its data before it begins")
     if needs.differentiable_reward and plan.reward is not None and not plan.reward.differentiable:
         if lacking := _undeclared(plan.reward.reward):
             raise InputError(
@@ -276,6 +286,11 @@ def check_needs(plan: Plan) -> None:
             )
         accept = [n for n in registry.METHODS if not registry.find("methods", n)[0].needs.differentiable_reward]
         others = f"Methods that accept it: {', '.join(accept)}." if accept else "No method of this version accepts it."
+        if isinstance(plan.reward.reward, ComposedReward):
+            raise InputError(
+                f"{plan.method_name} follows the reward's gradient, and these parts have none: {', '.join(plan.reward.reward.still)}. Drop "
+                f"them, or declare yours with @diffalign.reward(differentiable=True) if they have one; a step has one as a hinge. {others}"
+            )
         raise InputError(
             f"{plan.method_name} follows the reward's gradient, and {plan.reward_name} has none. Choose a differentiable reward "
             f"(diffalign list rewards), or declare yours with @diffalign.reward(differentiable=True) if it is one. {others}"
@@ -286,12 +301,6 @@ def _undeclared(reward: Any) -> list[str]:
     """What an object that was taken for a bare callable leaves unsaid; nothing of a function, which cannot say it."""
     thing = reward.function if isinstance(reward, FunctionReward) else reward
     return [] if inspect.isroutine(thing) else [name for name in ("differentiable", "modality") if name not in dir(thing)]
-
-
-def name_of(reward: Any) -> str:
-    """What a reward object is called in logs: its function's or its class's name."""
-    function = reward.function if isinstance(reward, FunctionReward) else reward
-    return getattr(function, "__name__", type(function).__name__)
 
 
 def same_reward(plan: Plan, name: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
@@ -18,6 +18,16 @@ from diffalign.media import data_uri, decode_image, fit, from_data_uri
 from diffalign.registry import MODELS, PROMPTS
 from diffalign.types import PictureField, PicturePolicy, Policy, Prompts
 
+Metadata = tuple[tuple[str, str | int | float | bool], ...]  # names and values, in their order
+
+
+@dataclass(frozen=True)
+class TextPrompt:
+    """A text, and what is known of it, which a composed reward's parts may ask for. Of a list all prompts have metadata, or none has."""
+
+    text: str
+    metadata: Metadata = ()
+
 
 @dataclass(frozen=True)
 class PicturePrompt:
@@ -26,6 +36,7 @@ class PicturePrompt:
     text: str
     picture: Path | bytes
     mask: Path | bytes | None = None
+    metadata: Metadata | None = None
 
     def open(self) -> Image.Image:
         """The picture in RGB; raises InputError where it is missing or damaged."""
@@ -60,11 +71,26 @@ def _opened(file: Path | bytes, text: str, what: str) -> Image.Image:
     return decode_image(data, str(file))
 
 
-Prompt = str | PicturePrompt
+Prompt = str | TextPrompt | PicturePrompt
 
 
 def text_of(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else prompt.text
+
+
+def without_pictures(prompts: Sequence[Prompt]) -> Prompts:
+    """The texts of prompts, and their metadata where they have some."""
+    metadata = [None if isinstance(prompt, str) else prompt.metadata for prompt in prompts]
+    known = tuple(dict(values or ()) for values in metadata)
+    return Prompts(tuple(map(text_of, prompts)), metadata=None if all(values is None for values in metadata) else known)
+
+
+def _alike(prompts: list[Prompt]) -> list[Prompt]:
+    """The prompts; where one has metadata the others have empty ones, so that all batches have the same fields."""
+    if all(isinstance(prompt, str) or prompt.metadata is None for prompt in prompts):
+        return prompts
+    tagged = [TextPrompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    return [replace(prompt, metadata=()) if prompt.metadata is None else prompt for prompt in tagged]
 
 
 def batch_of(prompts: Sequence[Prompt], policy: Policy | None = None) -> Prompts:
@@ -73,14 +99,14 @@ def batch_of(prompts: Sequence[Prompt], policy: Policy | None = None) -> Prompts
     Raises InputError as `check_pictures` does, and for a picture that is missing or damaged.
     """
     pictures = check_pictures(prompts, policy)
-    texts = tuple(map(text_of, prompts))
+    texts = without_pictures(prompts)
     if not pictures or not isinstance(policy, PicturePolicy):
-        return Prompts(texts)
+        return texts
     opened, size = [prompt.open_both() for prompt in pictures], (policy.height, policy.width)
     images = torch.stack([fit(picture, *size) for picture, _ in opened])
     # scaled and cut as its picture is, then 1 where it is more white than black
     masks = [(fit(mask.convert("RGB"), *size)[:1] >= 0.5).float() for _, mask in opened if mask is not None]
-    return Prompts(texts, images, torch.stack(masks) if masks else None)
+    return replace(texts, image=images, mask=torch.stack(masks) if masks else None)
 
 
 def takes(policy: Policy | None) -> tuple[PictureField, ...]:
@@ -95,12 +121,12 @@ def check_pictures(prompts: Sequence[Prompt], policy: Policy | None) -> list[Pic
     """
     wanted = takes(policy)
     pictures = [prompt for prompt in prompts if isinstance(prompt, PicturePrompt)]
-    lacking: list[Prompt] = [prompt for prompt in prompts if isinstance(prompt, str)]
+    lacking: list[Prompt] = [prompt for prompt in prompts if not isinstance(prompt, PicturePrompt)]
     if "mask" in wanted:
         lacking += [prompt for prompt in pictures if prompt.mask is None]
     if wanted and lacking:
         what = "edits pictures" if wanted == ("image",) else "fills masked pictures"
-        none = "none" if isinstance(lacking[0], str) else "no mask"
+        none = "no mask" if isinstance(lacking[0], PicturePrompt) else "none"
         example = ", ".join(['"prompt": "make it red"', '"image": "picture.png"', '"mask": "mask.png"'][: 1 + len(wanted)])
         flags = " ".join(f"--{name} FILE" for name in wanted)
         raise InputError(
@@ -116,8 +142,9 @@ def check_pictures(prompts: Sequence[Prompt], policy: Policy | None) -> list[Pic
 
 
 def read_prompts(source: str, part: str = "train") -> list[Prompt]:
-    """Prompts from a file (.txt: one a line; .jsonl: the keys 'prompt' and, where the pipeline takes them, 'image' and 'mask'; .json: a
-    list of texts or of such objects), the name of a list or of an embedded model, or `hf:user/dataset/path/in/it.txt`.
+    """Prompts from a file (.txt: one a line; .jsonl: the keys 'prompt' and, where the pipeline takes them, 'image' and 'mask', and
+    'metadata', an object of values that a composed reward may ask for; .json: a list of texts or of such objects), the name of a list or
+    of an embedded model, or `hf:user/dataset/path/in/it.txt`.
 
     A pipe is read like a .txt file, once. An image or a mask is a path in the file's folder, or a data: URI. `part` ('train' or 'heldout')
     picks the list of an embedded model. Raises InputError for a file that is missing, empty or no text, and for pictures that are missing
@@ -154,7 +181,7 @@ def read_file(path: Path, root: Path | None) -> list[Prompt]:
     prompts = [_of_json(line, path, i, root) if path.suffix in (".json", ".jsonl") else line for i, line in enumerate(lines, 1) if line]
     if not prompts:
         raise InputError(f"{path} holds no prompts. Give one prompt a line.")
-    return prompts
+    return _alike(prompts)
 
 
 def _listed(text: str, path: Path) -> list[str]:
@@ -173,12 +200,15 @@ def write_file(path: Path, prompts: Sequence[Prompt]) -> None:
     path.write_text("".join(json.dumps(_to_json(prompt)) + "\n" for prompt in prompts), encoding="utf-8")
 
 
-def _to_json(prompt: Prompt) -> dict[str, str]:
+def _to_json(prompt: Prompt) -> dict[str, Any]:
     if isinstance(prompt, str):
         return {"prompt": prompt}
+    known = {} if prompt.metadata is None else {"metadata": dict(prompt.metadata)}
+    if isinstance(prompt, TextPrompt):
+        return {"prompt": prompt.text, **known}
     files = {"image": prompt.picture} | ({} if prompt.mask is None else {"mask": prompt.mask})
     named = {name: str(file.absolute()) if isinstance(file, Path) else data_uri(file) for name, file in files.items()}
-    return {"prompt": prompt.text, **named}
+    return {"prompt": prompt.text, **named, **known}
 
 
 def _of_json(line: str, path: Path, number: int, root: Path | None) -> Prompt:
@@ -193,7 +223,16 @@ def _of_json(line: str, path: Path, number: int, root: Path | None) -> Prompt:
     image, mask = (None if values.get(key) is None else _picture(values[key], key, where, root) for key in ("image", "mask"))
     if image is None and mask is not None:
         raise InputError(f"{where}: there is a mask, and no image that it is of.")
-    return prompt.strip() if image is None else PicturePrompt(prompt.strip(), image, mask)
+    metadata = None if values.get("metadata") is None else _metadata(values["metadata"], where)
+    if image is None:
+        return prompt.strip() if metadata is None else TextPrompt(prompt.strip(), metadata)
+    return PicturePrompt(prompt.strip(), image, mask, metadata)
+
+
+def _metadata(values: Any, where: str) -> Metadata:
+    if not isinstance(values, Mapping) or not all(isinstance(value, str | int | float) for value in values.values()):
+        raise InputError(f'{where}: metadata is an object of texts and numbers, such as {{"style": "photo"}}.')
+    return tuple((str(name), value) for name, value in values.items())
 
 
 def _picture(value: Any, key: str, where: str, root: Path | None) -> Path | bytes:
@@ -226,7 +265,7 @@ def _download(name: str) -> Path:
 
 
 def check_prompts(prompts: Sequence[Any]) -> list[Prompt]:
-    """The prompts of a Python caller, texts, `(text, picture file)` or `(text, picture file, mask file)`.
+    """The prompts of a Python caller, texts, `TextPrompt`, `(text, picture file)` or `(text, picture file, mask file)`.
 
     Raises InputError where there are none, one is empty, or a file cannot be used.
     """
@@ -239,14 +278,14 @@ def check_prompts(prompts: Sequence[Any]) -> list[Prompt]:
     for prompt in pairs:
         if isinstance(prompt, PicturePrompt):
             prompt.open_both()
-    return [prompt.strip() if isinstance(prompt, str) else replace(prompt, text=prompt.text.strip()) for prompt in pairs]
+    return _alike([prompt.strip() if isinstance(prompt, str) else replace(prompt, text=prompt.text.strip()) for prompt in pairs])
 
 
 def _of_tuple(prompt: tuple[Any, ...]) -> PicturePrompt | None:
     files = prompt[1:]
     if len(files) not in (1, 2) or not all(isinstance(file, str | Path) for file in files):
         return None
-    return PicturePrompt(prompt[0], *map(Path, files))
+    return PicturePrompt(prompt[0], Path(files[0]), Path(files[1]) if len(files) > 1 else None)
 
 
 def hold_out(prompts: Sequence[Prompt], seed: int, share: float = 0.1, most: int = 256) -> tuple[list[Prompt], list[Prompt]]:

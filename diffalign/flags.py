@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from diffalign.errors import InputError, nearest
 
 GROUPS = ("method", "reward", "lora", "guard")  # of settings, each with names of its own
 MEANT_EMPTY = ("negative_prompt",)  # another thing than none
+COMPOSE = "compose"  # the reward that several make
 LISTS = (
     *("--eval_rewards", "--guard.rewards", "--log", "--lora.target_modules", "--betas", "--original_size", "--crops_coords_top_left"),
     *("--target_size", "--method.window_range"),
@@ -31,7 +34,7 @@ SWITCHES = (
 def normal(arguments: list[str]) -> list[str]:
     """Flags as the parser knows them: `--batch-size` is batch_size, `--method NAME` method.name, a bare `--full` true.
 
-    The words after a flag that takes several become a list: `--log tensorboard wandb`.
+    The words after a flag that takes several become a list: `--log tensorboard wandb`; several rewards are the parts of one.
     """
     normal: list[str] = []
     waiting = list(arguments)
@@ -43,7 +46,11 @@ def normal(arguments: list[str]) -> list[str]:
         flag, equals, value = argument.partition("=")
         flag = "--" + flag[2:].replace("-", "_")
         flag = {"--method": "--method.name", "--reward": "--reward.name", "--guard": "--guard.rewards"}.get(flag, flag)
-        if flag in LISTS:
+        names = list(takewhile(lambda word: not word.startswith("--"), waiting)) if flag == "--reward.name" and not equals else []
+        if len(names) > 1:
+            del waiting[: len(names)]
+            normal += [f"{flag}={COMPOSE}", f"--reward.parts={json.dumps(names)}"]
+        elif flag in LISTS or (flag == "--reward.weights" and is_number(value if equals else waiting[0] if waiting else "")):
             words = [value] if equals else []
             while not equals and waiting and not waiting[0].startswith("--"):
                 words.append(waiting.pop(0))
@@ -56,6 +63,15 @@ def normal(arguments: list[str]) -> list[str]:
         else:
             normal.append(flag + equals + value)
     return normal
+
+
+def is_number(word: str) -> bool:
+    """Whether it is the weight of a part, and not a field of a reward of one's own, such as its file."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def value_of(arguments: list[str], flag: str) -> str | None:
@@ -116,7 +132,14 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def nested(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`method: draft` is short for `method: {name: draft}`, so with reward; `guard: [NAME]` for its rewards. InputError for no mapping."""
+    """`method: draft` is short for `method: {name: draft}`, so with reward, and a list of rewards for `{name: compose, parts: [...]}`;
+    `guard: [NAME]` is short for its rewards. Raises InputError where a group is no mapping.
+    """
+    reward = given.get("reward")
+    if isinstance(reward, list):
+        given = {**given, "reward": {"name": COMPOSE, "parts": reward}}
+    elif isinstance(reward, Mapping) and "parts" in reward:
+        given = {**given, "reward": {"name": COMPOSE, **reward}}
     short = {k: {"name": v} for k, v in given.items() if k in ("method", "reward") and not isinstance(v, Mapping)}
     if not isinstance(guard := given.get("guard", {}), Mapping):
         short["guard"] = {"rewards": [guard] if isinstance(guard, str) else guard}

@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from diffalign import examples, registry, tiny
+from diffalign import examples, tiny
+from diffalign.composing import make_reward
 from diffalign.config import Plan
 from diffalign.console import say
-from diffalign.contract import CheckedReward, as_reward, check_gradient, short_name
-from diffalign.data import Prompt, batch_of, hold_out, read_prompts, takes
+from diffalign.contract import CheckedReward, check_gradient, short_name
+from diffalign.data import Prompt, batch_of, hold_out, read_prompts, takes, without_pictures
 from diffalign.errors import InputError
 from diffalign.examples import ExampleSet
 from diffalign.models import adapter_of, class_of
 from diffalign.settings import Settings
+from diffalign.types import ComposedReward
 
 Data = tuple[ExampleSet, ExampleSet] | None  # training and held-out examples
 
@@ -93,19 +95,24 @@ def eval_rewards(plan: Plan) -> list[CheckedReward]:
 
 def named_rewards(names: Sequence[str], fields: Mapping[str, Any] | None = None, *, dry: bool = False) -> list[CheckedReward]:
     """The rewards of these names, opened; `dry`: as their tiny twins. `fields` are for all of them; without, they have their defaults."""
-    found = [(name, *registry.find("rewards", name)) for name in dict.fromkeys(names)]
-    rewards = [
-        CheckedReward(as_reward(thing(**{**preset, **(fields or {})}) if isinstance(thing, type) else thing), short_name(name), tiny=dry)
-        for name, thing, preset in found
-    ]
+    rewards = [CheckedReward(make_reward(name, fields or {})[0], short_name(name), tiny=dry) for name in dict.fromkeys(names)]
     for reward in rewards:
         reward.open()
     return rewards
 
 
+def check_parts(plan: Plan, prompts: Sequence[Prompt] | None, held: Sequence[Prompt] | None = None) -> None:
+    """Raise InputError where no part of a composed reward is for one of the prompts, or one is for none that it is trained on."""
+    if plan.reward is not None and isinstance(plan.reward.reward, ComposedReward):
+        if prompts:
+            plan.reward.reward.check(without_pictures(prompts), whole=True)
+        plan.reward.reward.check(without_pictures(held or ()))
+
+
 def check_reward(plan: Plan, policy: Any, prompts: list[Prompt]) -> None:
     if plan.reward is None:
         return
+    check_parts(plan, prompts)
     if plan.reward.modality != policy.modality:
         raise InputError(f"{plan.reward_name} judges {plan.reward.modality}, and this pipeline makes {policy.modality}.")
     if plan.method.needs.differentiable_reward:

@@ -22,7 +22,9 @@ from diffalign.processes import Accelerated, all_of, average_gradients, average_
 from diffalign.settings import Settings
 from diffalign.shards import Shared
 from diffalign.streams import Source, Stream
-from diffalign.types import Context, Loss, Method, Policy
+from diffalign.types import Context, Loss, Method, Policy, StatefulReward
+
+STATE = "reward"  # in the context's memory: the state of a reward that has some
 
 
 @dataclass
@@ -187,6 +189,8 @@ def train(training: Training, policy: Policy, method: Method, reward: CheckedRew
     Raises InputError where a loss or gradient is not finite, or reaches no weight: before the step, so the weights are still good.
     """
     rows, networks = _updates(training, policy, method, reward, settings), _networks(policy)
+    if reward is not None:
+        _learns(reward, training.context)
     while True:
         with _counted(training, networks, reward):
             row = next(rows, None)
@@ -200,19 +204,49 @@ def _updates(training: Training, policy: Policy, method: Method, reward: Checked
     training.optimizer.zero_grad()  # what others have left there is none of this training's
     while context.step < settings.steps:
         losses = method.losses(policy, reward, training.stream.next(), context)
-        loss = next(losses, None)
+        loss = _next(losses, reward, context)
         while loss is not None:
             _backward(training, loss, settings, sums)
             marks += loss.update
             stepped = loss.update and marks % settings.accumulate == 0
             row: dict[str, float] = {}
             if stepped:
-                row = _row(training, sums, _step(training, settings))
+                step = _step(training, settings)
+                _note_parts(reward, sums)
+                row = _row(training, sums, step)
                 sums.clear()
             # Asked for only now: what comes next may depend on the step just taken, and whether anything comes says if this is a boundary.
-            loss = None if context.step == settings.steps else next(losses, None)
+            loss = _next(losses if context.step < settings.steps else iter(()), reward, context)
             if stepped:
                 yield Row(context.step, row, boundary=loss is None)
+
+
+def _learns(reward: CheckedReward, context: Context) -> None:
+    """From now on a reward with state learns from what it scores, from the checkpoint's state on where there is one."""
+    reward.learners, reward.noted = context.processes, {}
+    if isinstance(reward.reward, StatefulReward) and STATE in context.memory:
+        reward.reward.restore(context.memory[STATE])
+
+
+def _next(losses: Iterator[Loss], reward: CheckedReward | None, context: Context) -> Loss | None:
+    """The next loss; where there is none the round has ended, and a reward with state has learned from it before anything is saved."""
+    loss = next(losses, None)
+    if loss is None and reward is not None:
+        reward.end_round()
+        if isinstance(reward.reward, StatefulReward):
+            context.memory[STATE] = reward.reward.state()
+    return loss
+
+
+def _note_parts(reward: CheckedReward | None, sums: dict[str, list[float]]) -> None:
+    """The raw scores of a composed reward's parts since the last step, as `reward/PART`; of a part that was not asked nothing."""
+    if reward is None or reward.noted is None:
+        return
+    for name, calls in reward.noted.items():
+        raw = torch.cat(calls)
+        if asked := raw[~raw.isnan()].tolist():
+            sums[f"reward/{name}"] += asked
+    reward.noted.clear()
 
 
 def _networks(policy: Policy) -> set[nn.Module]:

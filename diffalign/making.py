@@ -11,8 +11,9 @@ import docstring_parser
 from jsonargparse import ArgumentParser, Namespace
 
 from diffalign import registry
-from diffalign.config import model_preset, name_of
-from diffalign.contract import CheckedReward, as_reward
+from diffalign.composing import make_reward
+from diffalign.config import model_preset
+from diffalign.contract import CheckedReward, as_reward, name_of
 from diffalign.errors import InputError
 from diffalign.flags import parameters
 from diffalign.run import Run
@@ -115,8 +116,9 @@ def settle(parsed: Namespace, reward: Any = None) -> tuple[Making, CheckedReward
     elif name is None:
         raise InputError("pairs need a reward: --reward NAME. See: diffalign list rewards.")
     else:
-        found, _ = registry.find("rewards", name)
-        checked = CheckedReward(as_reward(found(**reward_fields) if isinstance(found, type) else found), name)
+        made, reward_fields = make_reward(name, reward_fields)
+        checked = CheckedReward(made, name)
+    checked.check_settled("diffalign pairs is none")
     return Making(**values), checked, reward_fields, output
 
 

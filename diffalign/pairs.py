@@ -15,10 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from diffalign import knobs
 from diffalign.cache import digest
+from diffalign.composing import given_reward
 from diffalign.config import parse
 from diffalign.console import console, say, say_notes
 from diffalign.contract import CheckedReward
-from diffalign.data import Prompt, check_prompts, read_prompts
+from diffalign.data import PicturePrompt, Prompt, check_prompts, read_prompts, text_of
 from diffalign.errors import InputError
 from diffalign.making import OF_THE_MACHINE, Making, build_parser, is_run, settings_of, settle
 from diffalign.models import make_policy
@@ -45,10 +46,11 @@ def make_pairs(
     flags = {"pipeline": str(pipe) if live is None else LIVE, "output": str(output), **given}
     if isinstance(prompts, str | Path):
         flags["prompts"] = str(prompts)
-    if isinstance(reward, str):
-        flags["reward"] = {"name": reward}
-    parser = build_parser(flags["pipeline"], reward if isinstance(reward, str) else None)
-    settled = settle(parse(parser, lambda: parser.parse_object(flags)), None if isinstance(reward, str) else reward)
+    named, live_reward = given_reward(reward)
+    if named is not None:
+        flags["reward"] = named
+    parser = build_parser(flags["pipeline"], named["name"] if named else None)
+    settled = settle(parse(parser, lambda: parser.parse_object(flags)), live_reward)
     texts = None if prompts is None or isinstance(prompts, str | Path) else check_prompts(list(prompts))
     return make(*settled, texts=texts, live=live)
 
@@ -95,7 +97,7 @@ def _missing(making: Making, done: Sequence[Ranked], prompts: Sequence[str]) -> 
 
 
 def _texts(prompts: Sequence[Prompt]) -> list[str]:
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    texts = [text_of(prompt) for prompt in prompts if not isinstance(prompt, PicturePrompt)]
     if len(texts) < len(prompts):
         raise InputError("These prompts come with pictures to edit: diffalign pairs samples models that make pictures from text.")
     return texts

@@ -101,6 +101,7 @@ REWARDS = {
         "diffalign.rewards.shapes:ShapesEditChecker", "1 where all of an edit is right.", "score", {"strict": True}
     ),
     "shapes-edit-clip": Entry("diffalign.rewards.shapes:ShapesEditCLIP", "Tiny CLIP on the caption after an edit.", "differentiable"),
+    "compose": Entry("diffalign.rewards.compose:Compose", "Several rewards in one: their sum, the worst, or the product.", "as its parts"),
     "jpeg-compressibility": Entry("diffalign.rewards.jpeg:JPEGCompressibility", "Minus the kB of a JPEG at quality 95.", "score"),
     "jpeg-incompressibility": Entry("diffalign.rewards.jpeg:JPEGCompressibility", "The kB of a JPEG at quality 95.", "score", {"sign": 1}),
 }

@@ -19,13 +19,13 @@ from diffalign.checkpoint import whole
 from diffalign.config import Plan, check_needs, resolve
 from diffalign.console import comparison, console, say, say_notes, watch
 from diffalign.contract import CheckedReward, short_name
-from diffalign.data import Prompt, check_pictures, text_of
+from diffalign.data import PicturePrompt, Prompt, check_pictures, text_of
 from diffalign.errors import InputError
 from diffalign.evaluate import evaluate, implicit_accuracy, sample, sheet
 from diffalign.flags import flat
 from diffalign.guard import closing
 from diffalign.guarding import Guarding, check_guard, check_resumed, guard_outcome, guard_rewards, guarding, rewind_guard
-from diffalign.inputs import Data, check_reward, eval_rewards, given_prompts, open_data, prompt_lists
+from diffalign.inputs import Data, check_parts, check_reward, eval_rewards, given_prompts, open_data, prompt_lists
 from diffalign.loop import Training, prepare, train
 from diffalign.lora import as_loaded
 from diffalign.memory import Trial, within_budget
@@ -65,6 +65,7 @@ def start(
     if not tiny.made(settings, settings.data):
         examples.check(settings.data, plan.method.needs.data)
     prompts, eval_prompts = given_prompts(settings, prompts, eval_prompts)
+    check_parts(plan, prompts, eval_prompts)
     rewards, guards = eval_rewards(plan), guard_rewards(plan)
     policy = make_policy(settings, live, train=False)
     with _given_back(policy, live):
@@ -73,12 +74,14 @@ def start(
         check_pictures([*train_prompts, *held_out], policy)
         check_reward(plan, policy, train_prompts)
         check_guard(guards, policy, held_out)
+        check_parts(plan, None, held_out)
         for steps in {plan.sample_steps, vars(plan.method).get("inference_steps", plan.sample_steps)}:
             policy.path.schedule(steps)
         prepare_to_train(policy, settings, mesh_of(settings))
         plan = replace(plan, settings=replace(settings, lora=as_loaded(settings.lora, policy.module)))
         if settings.memory_budget is not None:  # before the settings are recorded: a resumed run has the same batches
-            plan, found = within_budget(Trial(plan, policy, train_prompts, data[0] if data else None), least_of_all)
+            with plan.reward.rehearsal() if plan.reward is not None else nullcontext():
+                plan, found = within_budget(Trial(plan, policy, train_prompts, data[0] if data else None), least_of_all)
             say(f"Memory budget {found}")
         if accelerator.is_main_process:
             run = Run.create(path, {**plan.config(), "processes": accelerator.num_processes}, live)
@@ -296,7 +299,7 @@ def _for_trackers(config: dict[str, Any]) -> dict[str, Any]:
 
 def again(path: Path, prompt: Prompt, live: bool) -> str:
     """What samples a run: a command, or where it was made from a `live` pipeline, which no command can have, a call."""
-    files = () if isinstance(prompt, str) else (prompt.picture, prompt.mask)
+    files = (prompt.picture, prompt.mask) if isinstance(prompt, PicturePrompt) else ()
     named = {flag: file for flag, file in zip(("image", "mask"), files, strict=False) if file is not None}
     if live:
         asked = [text_of(prompt), *(str(file) if isinstance(file, Path) else f"{flag}.png" for flag, file in named.items())]

@@ -341,6 +341,42 @@ class LearnedReward(Reward, Protocol):
     def tiny(self, folder: Path) -> Reward: ...
 
 
+@runtime_checkable
+class StatefulReward(Reward, Protocol):
+    """A reward that changes with what it has scored in a training. A call changes nothing, so an evaluation is of one state: `learn` does.
+
+    After each round of the training it is handed the scores (N,) of that round, of all processes in a single process's order, and so is
+    the same in each; a ComposedReward the raw scores (N, parts), NaN where a part was not asked. `state` is what a checkpoint holds:
+    tensors, numbers, strings, and lists and dicts of those; `restore` goes back to it.
+    """
+
+    def learn(self, scores: Tensor) -> None: ...
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class ComposedReward(Reward, Protocol):
+    """A reward of several parts: `total(measure(media, prompts))` is its call; `measure` gives each part's raw scores, (B,), by name.
+
+    `learns` says whether it has a state at all, `waits` that statistics are lacking before `total` can be; `presume` takes the first raw
+    scores (N, parts) for them. `check` raises InputError for a prompt that no part is for, and of a training's `whole` prompts for a part
+    that is for none; `still` are the parts without a gradient.
+    """
+
+    @property
+    def still(self) -> list[str]: ...
+    @property
+    def learns(self) -> bool: ...
+    @property
+    def waits(self) -> bool: ...
+
+    def measure(self, media: Tensor, prompts: Prompts) -> dict[str, Tensor]: ...
+    def total(self, raw: Mapping[str, Tensor]) -> Tensor: ...
+    def check(self, prompts: Prompts, whole: bool = False) -> None: ...
+    def presume(self, scores: Tensor) -> None: ...
+
+
 class Method(Protocol):
     """A frozen dataclass whose fields are its hyperparameters; `losses` yields what the loop goes down.
 

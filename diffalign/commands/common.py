@@ -33,12 +33,15 @@ def quiet() -> None:
 
 def plan_of(arguments: list[str], command: str) -> tuple[Plan, str | None] | None:
     """The plan of a train or check command line and its --output; None where help or the configuration was asked for, and printed."""
+    from diffalign.composing import with_part_flags
     from diffalign.config import Names, build_parser, check_needs, names_of, settle
     from diffalign.flags import flat, nested, normal, parse, read_config, value_of
 
     arguments = normal(arguments)
     file = value_of(arguments, "--config")
     config = {} if file is None else nested(read_config(file))
+    own: Any = config.get("reward", {})
+    arguments = with_part_flags(arguments, own.get("parts") or ())
     flags = {"method": "--method.name", "reward": "--reward.name", "pipeline": "--pipeline"}
     said = {key: value for key, flag in flags.items() if (value := value_of(arguments, flag)) is not None}
     names: Names = names_of({**config, **said})

@@ -8,10 +8,11 @@ from diffalign.commands.common import quiet
 def run(arguments: list[str]) -> int:
     quiet()
     from diffalign import pairs
+    from diffalign.composing import with_part_flags
     from diffalign.flags import help_of, normal, parse, value_of
     from diffalign.making import build_parser, settle
 
-    arguments = normal(arguments)
+    arguments = with_part_flags(normal(arguments))
     parser = build_parser(value_of(arguments, "--pipeline") or "shapes", value_of(arguments, "--reward.name"))
     if {"-h", "--help"} & set(arguments):
         print(f"{help_of(parser)}\nexample: diffalign pairs --reward shapes-clip --pairs 1000 --output pairs/shapes")
