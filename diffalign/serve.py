@@ -80,12 +80,13 @@ def make_app(scorer: Scorer, limits: Limits) -> Gate:
     @app.get("/")
     def describe() -> Description:
         reward = scorer.reward
-        ends = getattr(reward, "range", None)
+        ends: Any = getattr(reward, "range", None)
+        low, high = ends or (math.inf, math.inf)
         return Description(
             name=scorer.name,
             modality=reward.modality,
             differentiable=reward.differentiable,
-            range=None if ends is None else tuple(float(end) if math.isfinite(end) else None for end in ends),
+            range=None if ends is None else (_finite(low), _finite(high)),
             accepts=["wav" if reward.modality == "audio" else "png", "safetensors", *(["path"] if limits.media_folder else [])],
             max_batch=scorer.max_batch,
             max_items=scorer.capacity,
@@ -122,6 +123,10 @@ def make_app(scorer: Scorer, limits: Limits) -> Gate:
     app.add_exception_handler(RequestValidationError, lambda _, error: say(422, _first(error)))
     app.add_exception_handler(Exception, lambda _, error: say(500, f"The server failed with {type(error).__name__}; its log says more."))
     return Gate(app, limits)
+
+
+def _finite(end: float) -> float | None:
+    return float(end) if math.isfinite(end) else None  # JSON has no infinity
 
 
 def _busy(scorer: Scorer) -> str:

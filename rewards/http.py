@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 
 from diffalign.errors import InputError
 
-A, B = TypeVar("A"), TypeVar("B")
+A = TypeVar("A")
+B = TypeVar("B")
 PASSING = (429, 502, 503)  # statuses that a later try may not get
 MOST_BYTES = 64_000_000  # of an answer
 LONGEST = 30.0  # seconds between two tries, where the server asks for no more

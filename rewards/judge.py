@@ -100,7 +100,7 @@ class Judge:
         check_pictures(media, prompts)
         media = media.detach().cpu()
         rows = list(zip(media, prompts.text, strict=True))
-        return torch.tensor(in_parallel(lambda row, stop: self._judge(*row, stop), rows, self.parallel), dtype=torch.float32)
+        return torch.tensor(in_parallel(lambda row, stop: self._judge(row[0], row[1], stop), rows, self.parallel), dtype=torch.float32)
 
     def request(self, picture: Tensor, prompt: str) -> dict[str, Any]:
         """The body that asks for the rating of one picture (3, H, W)."""

@@ -1,4 +1,4 @@
-"""Tiny twins for tests and dry runs: networks of some thousand random weights and their tokenizers, as the real ones lie on disk; servers."""
+"""Tiny twins for tests and dry runs: servers, and networks of some thousand random weights, as the real ones lie on disk."""
 
 from __future__ import annotations
 
