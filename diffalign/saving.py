@@ -44,7 +44,7 @@ class Saving:
                     raise
                 step = training.context.step
                 if moving["step"] == step != self.saved and not training.sharded:
-                    with suppress(InputError):  # the disk itself may be the trouble
+                    with suppress(InputError, OSError):  # the disk itself may be the trouble
                         self.run.save_checkpoint(step, training.state_with(moving), self.keep)
                         self.saved = step
                 late = "" if self.saved == step else f", of {step}: steps were taken since, and the round's rest cannot be saved"

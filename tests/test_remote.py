@@ -50,9 +50,9 @@ def drawn(n: int) -> tuple[torch.Tensor, Prompts]:
         (ShapesChecker(), "png", 0.0),
         (JPEGCompressibility(), "png", 0.0),
         (JPEGCompressibility(), "float32", 0.0),
-        (ShapesCLIP(), "float32", 1e-6),
-        (ShapesCLIP(), "float16", 2e-3),
-        (ShapesCLIP(), "png", 2e-3),
+        (ShapesCLIP(), "float32", 0.0),
+        (ShapesCLIP(), "float16", 1e-3),
+        (ShapesCLIP(), "png", 5e-3),
     ],
 )
 def test_scores_are_the_local_ones(reward: Any, encoding: Any, tolerance: float) -> None:
@@ -61,7 +61,7 @@ def test_scores_are_the_local_ones(reward: Any, encoding: Any, tolerance: float)
         remote = Remote(url, encoding=encoding, parallel=3)
         remote.open()
         scores = remote(pictures, prompts)
-    local = reward(pictures, prompts)
+    local = torch.cat([reward(pictures[i : i + 4], prompts[i : i + 4]) for i in range(0, 13, 4)])  # in the server's batches
     assert scores.dtype == torch.float32
     assert float((scores - local.float()).abs().max()) <= tolerance
     assert len(set(local.tolist())) > 1, "else any order would do"
@@ -93,9 +93,9 @@ def test_the_modality_is_the_servers() -> None:
 def test_what_fails_in_passing_is_tried_again_and_no_generator_moves() -> None:
     passing = [(503, b"{}", {"Retry-After": "1"}), (502, b"<html>", {}), (429, b"", {})]
     with answering(*passing, ok(0.5)) as (url, told):
-        remote, states = Remote(url, retries=3, wait=0.0), (torch.get_rng_state(), random.getstate())
-        begin = time.monotonic()
-        assert remote(torch.rand(1, 3, 4, 4), Prompts(("a",))).tolist() == [0.5]
+        remote, pictures, begin = Remote(url, retries=3, wait=0.0), torch.rand(1, 3, 4, 4), time.monotonic()
+        states = torch.get_rng_state(), random.getstate()
+        assert remote(pictures, Prompts(("a",))).tolist() == [0.5]
         assert time.monotonic() - begin > 1 + 0.5 + 1, "Retry-After, and half of 1 and 2 seconds at least"
     assert len(told.asked) == 4
     assert torch.equal(torch.get_rng_state(), states[0])
@@ -108,7 +108,7 @@ def test_what_fails_in_passing_is_tried_again_and_no_generator_moves() -> None:
         ((422, b'{"detail": "I take no bad prompts."}', {}), "status 422: I take no bad prompts."),
         ((413, b'{"detail": "too large"}', {}), "status 413: too large"),
         ((500, b'{"detail": "it broke"}', {}), "status 500: it broke"),
-        ((404, b"<html>\x1b[2J", {}), "status 404: <html> [2J"),
+        ((404, b"<html>\x1b[2J", {}), r"status 404: <html> \[2J"),
         ((200, b"<html>", {}), "answers with no JSON .*: '<html>'"),
         ((200, b'{"scores": [NaN]}', {}), "NaN is no number"),
         ((200, b'{"scores": [1e999]}', {}), "gave the score inf: finite numbers are expected"),
