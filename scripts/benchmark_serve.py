@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import platform
-import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
+import psutil  # accelerate brings it
 import torch
 from torch import Generator
 
@@ -20,16 +22,25 @@ from diffalign.rewards.remote import Remote
 from diffalign.types import Prompts
 
 
-def seconds(score: object, pictures: torch.Tensor, prompts: Prompts, batch: int, rounds: int) -> float:
-    """The median over `rounds` of the wall clock seconds in which all pictures are scored, `batch` at a time."""
-    assert callable(score)
-    taken = list[float]()
+def costs(
+    score: Callable[..., Any], pictures: torch.Tensor, prompts: Prompts, batch: int, rounds: int, others: list[Any]
+) -> tuple[float, float]:
+    """(wall clock, CPU) seconds in which all pictures are scored, `batch` at a time: of the best of `rounds` each.
+
+    CPU time is of this process and `others`, which a busy machine lengthens less than the clock.
+    """
+    processes, wall, cpu = [psutil.Process(), *others], list[float](), list[float]()
+
+    def used() -> float:
+        return sum(p.cpu_times().user + p.cpu_times().system for p in processes)
+
     for _ in range(rounds + 1):
-        begin = time.perf_counter()
+        before, begin = used(), time.perf_counter()
         for i in range(0, len(pictures), batch):
             score(pictures[i : i + batch], prompts[i : i + batch])
-        taken.append(time.perf_counter() - begin)
-    return statistics.median(taken[1:])  # the first warms up
+        wall.append(time.perf_counter() - begin)
+        cpu.append(used() - before)
+    return min(wall[1:]), min(cpu[1:])  # the first warms up
 
 
 def main() -> None:
@@ -56,12 +67,12 @@ def main() -> None:
             )  # noise alone would compress like nothing real
             prompts = Prompts(("a red circle on a blue background",) * count)
             with torch.no_grad():
-                here = seconds(local, pictures, prompts, chosen.batch, chosen.rounds)
-            print(f"{size} pixels  local    {count / here:8.1f} pictures/s")
+                here = costs(local, pictures, prompts, chosen.batch, chosen.rounds, [])
+            print(f"{size} pixels  local    {count / here[0]:8.1f} pictures/s, {here[1] / count * 1000:.2f} ms of CPU each")
             for encoding in ("png", "float16", "float32"):
-                there = seconds(Remote(url, encoding=encoding), pictures, prompts, chosen.round, chosen.rounds)
-                more = (there - here) / count * 1000
-                print(f"{size} pixels  {encoding:8} {count / there:8.1f} pictures/s, {more:.2f} ms more for each")
+                there = costs(Remote(url, encoding=encoding), pictures, prompts, chosen.round, chosen.rounds, [psutil.Process(server.pid)])
+                more = (there[1] - here[1]) / count * 1000
+                print(f"{size} pixels  {encoding:8} {count / there[0]:8.1f} pictures/s, {more:.2f} ms of CPU more for each")
     finally:
         server.terminate()
         server.wait()

@@ -42,9 +42,9 @@ class Flaky:
 @pytest.mark.parametrize(
     ("method", "fields", "fails_at", "step"),
     [
-        ("ddpo", ROUND, 6, 2),  # in the third round, between two rollouts
+        ("ddpo", {**ROUND, "updates": 1}, 6, 2),  # in the third round, between two rollouts
         ("ddpo", {**ROUND, "updates": 2, "steps": 6}, 6, 4),
-        ("dpok", {**ROUND, "policy_steps": 1, "value_steps": 1}, 6, 2),  # a value network in the memory
+        ("dpok", {"batches": 2, "policy_steps": 1, "value_steps": 1}, 6, 2),  # a value network in the memory
         ("draft", {"accumulate": 2}, 8, 3),  # the first of two batches has left its gradient; one call is the check's
     ],
 )
