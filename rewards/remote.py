@@ -36,7 +36,7 @@ class Remote:
     wait: float = 300.0
     """and for how many seconds at least a server that is away, or busy, is waited for."""
     batch_size: int | None = None
-    """Samples in a request; by default as many as the server scores at once."""
+    """Samples in a request; by default as many as the server scores at once, or fewer where its bodies are to be smaller."""
     parallel: int = 4
     """Requests at a time."""
     encoding: wire.Encoding = "png"
@@ -77,11 +77,21 @@ class Remote:
         """Media (B, ...) and B prompts, with what they carry, to (B,), fp32. Raises InputError where the server stays away or fails."""
         if not self.said:
             self.open()
-        size = self.batch_size or self.said.get("max_batch", 8)
+        size = self.batch_size or self._fitting(media, prompts)
         starts = range(0, len(prompts), size)
         media, prompts = media.detach().cpu(), _at_home(prompts)  # once, not in every thread
         parts = in_parallel(lambda i, stop: self._score(media[i : i + size], prompts[i : i + size], stop), starts, self.parallel)
         return torch.tensor([score for part in parts for score in part], dtype=torch.float32)
+
+    def _fitting(self, media: Tensor, prompts: Prompts) -> int:
+        """Samples in a request: as many as the server scores at once, or fewer where so many would be more bytes than it takes."""
+        most, limit = self.said.get("max_batch", 8), self.said.get("max_bytes")
+        if not isinstance(limit, int):
+            return most
+        wide = {"png": 1, "float16": 2, "float32": 4}[self.encoding if self.modality == "image" else "float32"]
+        numbers = sum(x[0].numel() for x in (media, prompts.image, prompts.mask) if x is not None)
+        each = numbers * wide * 4 / 3 + max(len(text) for text in prompts.text) * 6 + 1000  # base64, JSON's escapes, and names
+        return max(1, min(most, int(limit / (1.02 * each))))
 
     def _score(self, media: Tensor, prompts: Prompts, stop: Event) -> list[float]:
         items = [self._item(media, prompts, i) for i in range(len(prompts))]

@@ -82,6 +82,19 @@ def test_sources_masks_and_metadata_arrive() -> None:
     assert seen[0].metadata == ({"i": 0}, {"i": 1})
 
 
+def test_requests_are_no_larger_than_the_server_takes() -> None:
+    sizes = list[int]()
+
+    def note(images: torch.Tensor, prompts: Prompts) -> torch.Tensor:
+        sizes.append(len(images))
+        return images.mean((1, 2, 3))
+
+    pictures = torch.rand(5, 3, 32, 32)  # 16.4 kB each
+    with serving(note, max_bytes=40_000, max_batch=4) as (url, _):
+        assert torch.equal(Remote(url, encoding="float32", parallel=1)(pictures, Prompts(("a",) * 5)), pictures.mean((1, 2, 3)))
+    assert sizes == [2, 2, 1]
+
+
 def test_the_modality_is_the_servers() -> None:
     with serving(FunctionReward(lambda media, prompts: media.mean(1), modality="audio")) as (url, _):
         remote = Remote(url)
