@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -74,24 +75,36 @@ class Training:
         rng = self.context.rng.get_state()
         if not all(torch.equal(rng, other) for other in all_of(rng)):
             raise InputError("The processes have drawn differently: what a method draws must not depend on a process's own samples.")
-        average = self.average and {"weights": self.average.shadow_params, "steps": self.average.optimization_step}
-        scaler = self.accelerator.scaler
-        state = {
+        state = self.state_with(self.moving())
+        return fsdp.whole(state) if self.sharded else state
+
+    def moving(self) -> dict[str, Any]:
+        """What changes without an optimiser step, as a copy: the generators, the places in the data, the method's memory, the costs."""
+        return {
             "step": self.context.step,
             "costs": asdict(self.costs),
+            "rng": self.context.rng.get_state(),
+            "stream": self.stream.position(),
+            "examples": self.examples and self.examples.position(),
+            "memory": deepcopy(self.context.memory),
+        }
+
+    def state_with(self, moving: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of a moment since which no step was taken, of which `moving` is; of this process alone."""
+        average = self.average and {"weights": self.average.shadow_params, "steps": self.average.optimization_step}
+        scaler = self.accelerator.scaler
+        return {
+            **moving,
             "parameters": self.parameters,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "average": average,
             "scaler": scaler and scaler.state_dict(),
             "batch_size": self.batch_size,
-            "rng": rng,
-            "stream": self.stream.state(),
-            "examples": self.examples and self.examples.state(),
-            "memory": self.context.memory,
+            "stream": self.stream.state(moving["stream"]),
+            "examples": self.examples and self.examples.state(moving["examples"]),
             "guard": self.guard,
         }
-        return fsdp.whole(state) if self.sharded else state
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Any]) -> None:

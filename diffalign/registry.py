@@ -104,6 +104,8 @@ REWARDS = {
     "compose": Entry("diffalign.rewards.compose:Compose", "Several rewards in one: their sum, the worst, or the product.", "as its parts"),
     "jpeg-compressibility": Entry("diffalign.rewards.jpeg:JPEGCompressibility", "Minus the kB of a JPEG at quality 95.", "score"),
     "jpeg-incompressibility": Entry("diffalign.rewards.jpeg:JPEGCompressibility", "The kB of a JPEG at quality 95.", "score", {"sign": 1}),
+    "remote": Entry("diffalign.rewards.remote:Remote", "What a reward server says: diffalign serve, or one of yours.", "score"),
+    "judge": Entry("diffalign.rewards.judge:Judge", "A vision-language model's rating, over an OpenAI-compatible endpoint.", "score"),
 }
 PIPELINES = {
     "StableDiffusionPipeline": Entry("diffalign.pipelines.stable_diffusion:StableDiffusion", "Stable Diffusion 1.x and 2.x.", "image"),

@@ -34,6 +34,7 @@ from diffalign.peaks import forget_peak
 from diffalign.processes import least_of_all, make_accelerator, mesh_of, one_for_all
 from diffalign.report import curve
 from diffalign.run import Run
+from diffalign.saving import Saving
 from diffalign.settings import LIVE
 from diffalign.signals import Stopped, noted
 from diffalign.streams import PromptList
@@ -199,6 +200,8 @@ def drive(
         except KeyboardInterrupt:
             say(f"The weights are saved. Evaluate them: diffalign eval {run.path}")
             raise
+        except InputError as error:
+            raise InputError(f"{error}\nThe weights are saved. Evaluate them: diffalign eval {run.path}") from error
         if main:
             console.print(comparison(results))
     if main:
@@ -226,19 +229,14 @@ def _steps(plan: Plan, run: Run, policy: Any, training: Training, shown: list[Pr
         if main:
             run.save_picture(f"samples/step-{step:06d}.png", sheet([(f"step {step}", images)], shown))
 
-    def checkpoint() -> None:
-        state = training.state()  # of all processes
-        if main:
-            run.save_checkpoint(training.context.step, state, settings.keep_checkpoints)
-        accelerator.wait_for_everyone()  # the launcher ends them all once one has stopped
-
+    saving = Saving(run, training, settings.keep_checkpoints, training.context.step)
     if training.context.step == 0:
         if samples:
             pictures()
-        checkpoint()
+        saving.checkpoint()
     due = False
     with noted() as caught:
-        rows = train(training, policy, plan.method, reward, settings)
+        rows = saving.lasting(train(training, policy, plan.method, reward, settings))
         for row in watch(rows, training.context.step, settings.steps, main):
             if main:
                 run.append_metrics(row.metrics)
@@ -250,7 +248,7 @@ def _steps(plan: Plan, run: Run, policy: Any, training: Training, shown: list[Pr
             due = due or row.step % settings.checkpoint_every == 0 or last
             stop = training.anywhere(bool(caught))
             if row.boundary and (due or stop):
-                checkpoint()
+                saving.checkpoint()
                 due = False
                 if fired:
                     return

@@ -61,9 +61,13 @@ class Stream:
         taken, self.queue = self.queue[:need], self.queue[need:]
         return self.source.take(taken[self.rank * self.batch_size : (self.rank + 1) * self.batch_size])
 
-    def state(self) -> dict[str, Any]:
-        queue = torch.tensor(self.queue, dtype=torch.int64)
-        return {"rng": self.rng.get_state(), "queue": queue, "size": len(self.source), "contents": self.source.contents()}
+    def position(self) -> dict[str, Any]:
+        """Where it is, as a copy."""
+        return {"rng": self.rng.get_state(), "queue": torch.tensor(self.queue, dtype=torch.int64)}
+
+    def state(self, position: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What `restore` takes: where it is, or was, and what the source holds."""
+        return {**(position or self.position()), "size": len(self.source), "contents": self.source.contents()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go back to a state; raises InputError where the source holds something else: its indices would mean other things."""

@@ -5,6 +5,7 @@ COMMANDS = {
     "sample": "pictures of a prompt, before and after",
     "eval": "held-out rewards of a run, before and after",
     "score": "score pictures that exist",
+    "serve": "a reward over HTTP, for diffalign train --reward remote",
     "pairs": "preference pairs from a model's samples and a reward, for the offline methods",
     "edits": "a model's own edits, good and bad, for HIVE",
     "export": "a run's LoRA as one file for AUTOMATIC1111, ComfyUI and the like",

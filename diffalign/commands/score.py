@@ -6,7 +6,7 @@ import json
 from itertools import takewhile
 from pathlib import Path
 
-from diffalign.commands.common import parser_of, quiet
+from diffalign.commands.common import parser_of, quiet, split_fields
 
 
 def run(arguments: list[str]) -> int:
@@ -17,7 +17,7 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("--prompt", help="the prompt of all the pictures, for a reward that reads one")
     parser.add_argument("--image", metavar="FILE", help="the picture that was edited, for a reward that judges edits")
-    words, own = _split_fields(arguments)
+    words, own = split_fields(arguments)
     words, several = _several(words)
     chosen = parser.parse_args(words)
     quiet()
@@ -31,23 +31,6 @@ def run(arguments: list[str]) -> int:
     for file, value, parts in score_files_by_part(chosen.reward, [Path(f) for f in chosen.files], chosen.prompt, source, fields):
         print("\t".join([f"{value:.6g}", str(file), *(f"{name} {raw:.6g}" for name, raw in parts.items())]))
     return 0
-
-
-def _split_fields(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """(the other words, the words `--reward.FIELD value`)."""
-    from diffalign.flags import is_number
-
-    words, fields = list[str](), list[str]()
-    waiting = list(arguments)
-    while waiting:
-        word = waiting.pop(0)
-        own = word.startswith("--reward.")
-        (fields if own else words).append(word)
-        if own and "=" not in word and waiting:
-            fields.append(waiting.pop(0))
-            while word == "--reward.weights" and waiting and is_number(waiting[0]):
-                fields.append(waiting.pop(0))
-    return words, fields
 
 
 def _several(arguments: list[str]) -> tuple[list[str], list[str]]:
