@@ -6,6 +6,7 @@ COMMANDS = {
     "eval": "held-out rewards of a run, before and after",
     "score": "score pictures that exist",
     "pairs": "preference pairs from a model's samples and a reward, for the offline methods",
+    "reward": "train a reward from preferences or ratings, and test rewards on preferences",
     "edits": "a model's own edits, good and bad, for HIVE",
     "export": "a run's LoRA as one file for AUTOMATIC1111, ComfyUI and the like",
     "compare": "finished runs side by side: rewards, KL, diversity, and what they took",
