@@ -18,10 +18,14 @@ from diffalign.errors import InputError, nearest
 
 GROUPS = ("method", "reward", "lora")  # of settings, each with names of its own
 MEANT_EMPTY = ("negative_prompt",)  # another thing than none
-LISTS = ("--eval_rewards", "--log", "--lora.target_modules", "--betas", "--original_size", "--crops_coords_top_left", "--target_size", "--aspects")
+LISTS = (
+    *("--eval_rewards", "--log", "--lora.target_modules", "--betas", "--original_size", "--crops_coords_top_left", "--target_size"),
+    "--aspects",
+)
 SWITCHES = (
-    *("--full", "--fsdp", "--tiny", "--gradient_checkpointing", "--channels_last", "--compile", "--offload", "--trajectories", "--train_text"),
+    *("--full", "--fsdp", "--tiny", "--gradient_checkpointing", "--channels_last", "--compile", "--offload", "--trajectories"),
     *("--method.checkpointing", "--method.reference_free", "--method.same_noise"),
+    "--train_text",
 )
 
 

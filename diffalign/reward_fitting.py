@@ -98,7 +98,7 @@ class Fitting:
         """The aspects with their weights; None for all that are rated. Raises InputError for a weight that is none."""
         found: dict[str, float] = {}
         for word in self.aspects or ():
-            name, equals, number = word.rpartition("=") if "=" in word else (word, "", "1")
+            name, _, number = word.rpartition("=") if "=" in word else (word, "", "1")
             try:
                 weight = float(number)
             except ValueError:

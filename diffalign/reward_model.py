@@ -19,6 +19,7 @@ FORMAT = "diffalign-reward-1"
 CONFIG, WEIGHTS, SPLIT = "config.json", "model.safetensors", "split.json"
 Tower = Literal["none", "lora", "full"]
 TOWERS = {"vision": ("vision_model.", "visual_projection."), "text": ("text_model.", "text_projection.")}
+MEND = "train the reward again, or copy its folder anew."
 LAYERS = "(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"  # of a transformer block: SigLIP's pooling has an out_proj that no LoRA fits
 
 
@@ -92,7 +93,7 @@ class RewardModel:
         return F.normalize(self.base.read(list(texts)).float(), dim=-1)
 
     def rate(self, seen: Tensor, read: Tensor) -> Tensor:
-        """(n, K) outputs of the features of pictures and texts, each (n, D): `a cos + b` and what the head makes of both and their product."""
+        """(n, K) outputs of features of pictures and texts, each (n, D): `a cos + b`, and what the head makes of both and their product."""
         product, root = seen * read, seen.shape[-1] ** 0.5
         features = torch.cat([seen * root, read * root, product * root**2], -1)  # entries of order 1
         return self.head["cosine"](product.sum(-1, keepdim=True)) + self.head["features"](features)
@@ -132,9 +133,9 @@ def _attach(network: Any, architecture: Architecture, seed: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     which = "(vision|text)" if architecture.train_text else "vision"
-    config = LoraConfig(
-        r=architecture.lora_rank, lora_alpha=architecture.lora_alpha, target_modules=rf"{which}_model\.encoder\.layers\..*\.{LAYERS}"  # pyright: ignore[reportArgumentType]
-    )
+    alpha: Any = architecture.lora_alpha  # peft's annotation is narrower than what it takes
+    layers = rf"{which}_model\.encoder\.layers\..*\.{LAYERS}"
+    config = LoraConfig(r=architecture.lora_rank, lora_alpha=alpha, target_modules=layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -149,14 +150,15 @@ def _attach(network: Any, architecture: Architecture, seed: int) -> None:
 
 def _head(width: int, outputs: int, hidden: int, scale: float, seed: int) -> nn.ModuleDict:
     # not initialised by torch, which would draw from its global generator
-    cosine, last = nn.utils.skip_init(nn.Linear, 1, outputs), nn.utils.skip_init(nn.Linear, hidden or 3 * width, outputs, bias=False)
+    cosine: Any = nn.utils.skip_init(nn.Linear, 1, outputs)
+    last: Any = nn.utils.skip_init(nn.Linear, hidden or 3 * width, outputs, bias=False)
     layers: list[nn.Module] = [last]
     with torch.no_grad():
         cosine.weight.fill_(scale)
         cosine.bias.zero_()
         last.weight.zero_()  # at its start the head adds nothing
         if hidden:
-            first = nn.utils.skip_init(nn.Linear, 3 * width, hidden)
+            first: Any = nn.utils.skip_init(nn.Linear, 3 * width, hidden)
             draws = Generator().manual_seed(seed)
             first.weight.copy_(torch.randn(first.weight.shape, generator=draws) / math.sqrt(3 * width))
             first.bias.zero_()
@@ -191,14 +193,14 @@ def read_config(folder: Path) -> Card:
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({' '.join(str(error).split())[:100]}). Train the reward again, or copy its folder anew.") from error
+        raise InputError(f"{path} is damaged ({' '.join(str(error).split())[:100]}): {MEND}") from error
     if not isinstance(said, dict) or said.get("format") != FORMAT:
         found = said.get("format", said.get("model_type")) if isinstance(said, dict) else None
         raise InputError(f"{path} is of no reward that diffalign reward train has made (format {found!r}, and {FORMAT!r} is expected).")
     try:
         return _config(said)
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}). Train the reward again, or copy its folder anew.") from error
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): {MEND}") from error
 
 
 def _config(said: Mapping[str, Any]) -> Card:

@@ -79,7 +79,7 @@ def ratings_of(train: Sequence[Judged], aspects: Sequence[str]) -> Ratings:
     for name, column in zip(aspects, columns, strict=True):
         if len(column) < 2 or not column.std(correction=0) > 0:
             raise InputError(
-                f"The training data rates '{name}' the same everywhere ({len(column)} ratings): there is nothing to learn. Leave the aspect "
-                "out, with --aspects, or give ratings that differ."
+                f"The training data rates '{name}' the same everywhere ({len(column)} ratings): there is nothing to learn. "
+                "Leave the aspect out, with --aspects, or give ratings that differ."
             )
     return Ratings(tuple(aspects), tuple(float(c.mean()) for c in columns), tuple(float(c.std(correction=0)) for c in columns))

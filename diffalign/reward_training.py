@@ -1,4 +1,4 @@
-"""Training a reward: from pairs of which one was preferred (Bradley-Terry), or from ratings of several aspects; into a folder of its own."""
+"""Training a reward from pairs of which one was preferred (Bradley-Terry), or from ratings of several aspects, into a folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 
-import diffalign
 from diffalign import judged, registry
 from diffalign.checkpoint import whole
 from diffalign.console import say, watch
@@ -29,6 +28,7 @@ from diffalign.reward_features import Pictures, Texts, pictures_of
 from diffalign.reward_fitting import Fitting
 from diffalign.reward_model import CONFIG, SPLIT, WEIGHTS, Architecture, Card, RewardModel
 from diffalign.reward_objectives import BradleyTerry, Objective, Rate, Ratings, ratings_of
+from diffalign.run import versions
 from diffalign.settings import Settings
 from diffalign.types import Data
 
@@ -102,7 +102,7 @@ def _fit(fitting: Fitting, device: torch.device, folder: Path) -> int | None:
         "held_out": {kind: len(held), "prompts": _prompts(held), **numbers},
         "data": {"source": fitting.data, "sha256": judged.contents(rows), kind: len(train), "prompts": _prompts(train)},
         "training": asdict(fitting),
-        "versions": {"diffalign": diffalign.__version__, "torch": torch.__version__},
+        "versions": versions(),
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / SPLIT).write_text(json.dumps({"train": judged.marks(train), "heldout": judged.marks(held)}) + "\n", encoding="utf-8")
@@ -114,9 +114,7 @@ def _fit(fitting: Fitting, device: torch.device, folder: Path) -> int | None:
 def _begin(fitting: Fitting) -> tuple[RewardModel, dict[str, str]]:
     found, _ = registry.find("rewards", "trained")
     alpha = float(fitting.lora_rank if fitting.lora_alpha is None else fitting.lora_alpha)
-    architecture = Architecture(
-        ("preference",), fitting.hidden, fitting.train_tower, fitting.train_text, fitting.lora_rank, alpha
-    )
+    architecture = Architecture(("preference",), fitting.hidden, fitting.train_tower, fitting.train_text, fitting.lora_rank, alpha)
     return found.begin(architecture, fitting.model, fitting.revision, fitting.precision, fitting.seed)
 
 
@@ -176,7 +174,8 @@ def _train(fitting: Fitting, best: Best, rows: Sequence[Judged], metrics: Path) 
                 file.write(json.dumps({**row.metrics, **found}) + "\n")
                 file.flush()
                 if due:
-                    say(f"step {step}: held out " + ", ".join(f"{k.removeprefix('heldout_')} {v:.4g}" for k, v in found.items() if v is not None))
+                    said = (f"{k.removeprefix('heldout_')} {v:.4g}" for k, v in found.items() if v is not None)
+                    say(f"step {step}: held out {', '.join(said)}")
                 if due and fitting.patience is not None and best.worse >= fitting.patience:
                     say(f"Stopped after step {step}: the last {best.worse} evaluations were no better.")
                     break
@@ -236,7 +235,7 @@ def _in_words(fitting: Fitting, train: Sequence[Judged], held: Sequence[Judged],
     kind, size = KINDS[fitting.loss], sum(p.numel() for p in model.trained().values())
     what = {"none": "a head", "lora": f"a head and a LoRA of rank {fitting.lora_rank}", "full": "a head and the tower"}[fitting.train_tower]
     return (
-        f"{fitting.data}: {len(train):,} {kind} of {_prompts(train):,} prompts to train on, {len(held):,} of {_prompts(held):,} prompts held "
+        f"{fitting.data}: {len(train):,} {kind} of {_prompts(train):,} prompts to train on, {len(held):,} of {_prompts(held):,} held "
         f"out; {pictures.computed:,} pictures embedded anew. {what[0].upper()}{what[1:]} on {fitting.model} ({size:,} weights), "
         f"{fitting.steps} steps of {min(fitting.batch_size, len(train))}, seed {fitting.seed}."
     )

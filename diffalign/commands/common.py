@@ -26,6 +26,19 @@ def quiet() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 
+def split_fields(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """(the other words, the words `--reward.FIELD value`)."""
+    words, fields = list[str](), list[str]()
+    waiting = list(arguments)
+    while waiting:
+        word = waiting.pop(0)
+        own = word.startswith("--reward.")
+        (fields if own else words).append(word)
+        if own and "=" not in word and waiting:
+            fields.append(waiting.pop(0))
+    return words, fields
+
+
 def plan_of(arguments: list[str], command: str) -> tuple[Plan, str | None] | None:
     """The plan of a train or check command line and its --output; None where help or the configuration was asked for, and printed."""
     from diffalign.config import Names, build_parser, check_needs, names_of, settle

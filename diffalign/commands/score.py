@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diffalign.commands.common import parser_of, quiet
+from diffalign.commands.common import parser_of, quiet, split_fields
 
 
 def run(arguments: list[str]) -> int:
@@ -13,7 +13,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--reward", required=True, metavar="NAME", help="with --reward.FIELD for its fields, as diffalign train has them")
     parser.add_argument("--prompt", help="the prompt of all the pictures, for a reward that reads one")
     parser.add_argument("--image", metavar="FILE", help="the picture that was edited, for a reward that judges edits")
-    words, own = _split_fields(arguments)
+    words, own = split_fields(arguments)
     chosen = parser.parse_args(words)
     quiet()
     from diffalign.api import score_files
@@ -24,16 +24,3 @@ def run(arguments: list[str]) -> int:
     for file, value in score_files(chosen.reward, [Path(f) for f in chosen.files], chosen.prompt, source, fields):
         print(f"{value:.6g}\t{file}")
     return 0
-
-
-def _split_fields(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """(the other words, the words `--reward.FIELD value`)."""
-    words, fields = list[str](), list[str]()
-    waiting = list(arguments)
-    while waiting:
-        word = waiting.pop(0)
-        own = word.startswith("--reward.")
-        (fields if own else words).append(word)
-        if own and "=" not in word and waiting:
-            fields.append(waiting.pop(0))
-    return words, fields
