@@ -112,7 +112,7 @@ class Fitting:
 def build_parser() -> ArgumentParser:
     """The parser of `diffalign reward train`: the fields of `Fitting`, and --output."""
     usage = "diffalign reward train --data FOLDER --output DIR [options]"
-    parser = ArgumentParser(prog="diffalign reward train", exit_on_error=False, usage=usage)
+    parser = ArgumentParser(prog="diffalign reward train", exit_on_error=False, allow_abbrev=False, usage=usage)
     parser.add_argument("--output", type=str, required=True, metavar="DIR", help="Folder of the reward, a new one.")
     parser.add_class_arguments(Fitting, None)
     about = {p.arg_name: " ".join((p.description or "").split()) for p in docstring_parser.parse_from_object(Fitting).params}

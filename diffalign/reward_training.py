@@ -115,7 +115,10 @@ def _begin(fitting: Fitting) -> tuple[RewardModel, dict[str, str]]:
     found, _ = registry.find("rewards", "trained")
     alpha = float(fitting.lora_rank if fitting.lora_alpha is None else fitting.lora_alpha)
     architecture = Architecture(("preference",), fitting.hidden, fitting.train_tower, fitting.train_text, fitting.lora_rank, alpha)
-    return found.begin(architecture, fitting.model, fitting.revision, fitting.precision, fitting.seed)
+    try:
+        return found.begin(architecture, fitting.model, fitting.revision, fitting.precision, fitting.seed)
+    except InputError as error:  # the flag by which a reward that is trained is told its base
+        raise InputError(str(error).replace("--reward.base", "--model")) from error
 
 
 def _prompts(rows: Sequence[Judged]) -> int:
