@@ -30,10 +30,9 @@ from diffalign.rewards.shapes import ShapesChecker
 from diffalign.types import Prompts
 
 ASPECTS = ("colour", "shape", "count", "background")
-BAR, SHORT_BAR = (
-    0.8,
-    0.65,
-)  # of both accuracies; rank correlations and DRaFT's gain must be above 0, where not short with their intervals
+# what must be exceeded; of rank correlations and of DRaFT's gain in the checker's score the lower end of the interval, where not short
+BARS = {"accuracy": 0.8, "small": 0.55, "colour": 0.6, "background": 0.6, "count": 0.4, "shape": 0.1, "gain": 0.0}
+SHORT_BARS = {"accuracy": 0.65, "colour": 0.3, "gain": 0.0}
 
 
 def main() -> int:
@@ -52,8 +51,8 @@ def main() -> int:
 
 
 def prove(folder: Path, seed: int, short: bool) -> dict[str, Any]:
-    """Everything for one seed into `folder`; the numbers, which are also in its proof.json."""
-    counts = ("200", "100") if short else ("600", "300")
+    """Everything for one seed into `folder`; the numbers, also in its proof.json. Seconds are of the CPU, DRaFT's of the clock."""
+    counts = ("120", "60") if short else ("600", "300")
     seconds: dict[str, float] = {}
     held_out = MODELS["shapes"] / "prompts" / "heldout.txt"
     with timed(seconds, "pairs"):
@@ -129,13 +128,16 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 def missed(found: dict[str, Any], short: bool) -> list[str]:
     """One line for each bar that was not cleared."""
-    bar, checker = SHORT_BAR if short else BAR, found["draft"]["shapes-checker"]
-    accuracies = {"accuracy": found["pairs"]["rewards"]["reward"]["accuracy"], "small": found["small"]["rewards"]["small"]["accuracy"]}
-    ranks = {name: found["ratings"]["rewards"]["aspects"]["aspects"][name]["own"] for name in ASPECTS}
-    rises = {name: row["spearman"] if short else row["interval"][0] for name, row in ranks.items()}
-    rises["shapes-checker"] = checker["difference"] if short else checker["interval"][0]
-    below = [f"{name} is {value:.3f}, not above {bar}" for name, value in accuracies.items() if not value > bar]
-    return below + [f"{name} is not raised above 0 ({value:.3f})" for name, value in rises.items() if not value > 0]
+    ranks = found["ratings"]["rewards"]["aspects"]["aspects"]
+    gain = found["draft"]["shapes-checker"]
+    values = {
+        "accuracy": found["pairs"]["rewards"]["reward"]["accuracy"],
+        "small": found["small"]["rewards"]["small"]["accuracy"],
+        **{name: ranks[name]["own"]["spearman"] if short else ranks[name]["own"]["interval"][0] for name in ASPECTS},
+        "gain": gain["difference"] if short else gain["interval"][0],
+    }
+    bars = SHORT_BARS if short else BARS
+    return [f"{name} is {values[name]:.3f}, not above {bar}" for name, bar in bars.items() if not values[name] > bar]
 
 
 def table(found: dict[str, Any]) -> str:
@@ -151,7 +153,7 @@ def table(found: dict[str, Any]) -> str:
         row = found["draft"][name]
         low, high = row["interval"]
         rows.append((f"{name} after DRaFT", f"{row['before']:.3f} -> {row['after']:.3f}", f"{low:+.3f} to {high:+.3f}", ""))
-    rows.append(("CPU seconds", ", ".join(f"{name} {value:.0f}" for name, value in found["seconds"].items()), "", ""))
+    rows.append(("seconds", ", ".join(f"{name} {value:.0f}" for name, value in found["seconds"].items()), "", ""))
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "| --- | --- | --- | --- |", *lines[1:]])
 

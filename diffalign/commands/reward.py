@@ -17,9 +17,9 @@ HELP = """usage: diffalign reward train --data FOLDER --output DIR [options]    
   eval    rewards on preferences that people or another reward gave: accuracy, calibration, agreement
 
 examples:
-  diffalign reward train --data pairs/mine --model openai/clip-vit-large-patch14 --train-tower lora --output rewards/mine
-  diffalign reward eval --data pairs/test --reward rewards/mine pickscore clip
-  diffalign train --method draft --reward trained --reward.checkpoint rewards/mine"""
+  diffalign reward train --data pairs/mine --model openai/clip-vit-large-patch14 --train-tower lora --output trained/mine
+  diffalign reward eval --data pairs/test --reward trained/mine pickscore clip
+  diffalign train --method draft --reward trained --reward.checkpoint trained/mine"""
 
 
 def run(arguments: list[str]) -> int:
@@ -40,7 +40,7 @@ def _train(arguments: list[str]) -> int:
 
     parser = build_parser()
     if {"-h", "--help"} & set(arguments):
-        print(f"{help_of(parser)}\nexample: diffalign reward train --data pairs/shapes --model shapes-clip --output rewards/mine")
+        print(f"{help_of(parser)}\nexample: diffalign reward train --data pairs/shapes --model shapes-clip --output trained/mine")
         return 0
     words = normal(arguments)
     values = parse(parser, lambda: parser.parse_args(words)).as_dict()
@@ -50,7 +50,7 @@ def _train(arguments: list[str]) -> int:
 
 
 def _eval(arguments: list[str]) -> int:
-    example = "diffalign reward eval --data pairs/test --reward rewards/mine pickscore --output rewards.json"
+    example = "diffalign reward eval --data pairs/test --reward trained/mine pickscore --output rewards.json"
     about = "Test rewards on pairs, or on ratings, that people or another reward gave."
     parser = argparse.ArgumentParser("diffalign reward eval", description=about, epilog=f"example: {example}", allow_abbrev=False)
     parser.add_argument("--data", required=True, metavar="FOLDER", help="judged pictures: a folder, a file of one, or hf:user/dataset")
