@@ -20,15 +20,18 @@ def interval_over(groups: Sequence[Any], statistic: Callable[[NDArray[np.int64]]
     """The 95% percentile interval of `statistic(indices)` where groups, not rows, are drawn with replacement: rows of a group (a prompt)
     depend on each other. `groups` names the group of each of n rows. Both ends are NaN where no resample has the statistic.
     """
+    rows, rng = _by_group(groups), np.random.default_rng(seed)
+    return _percentiles([statistic(np.concatenate([rows[i] for i in rng.integers(0, len(rows), len(rows))])) for _ in range(resamples)])
+
+
+def _by_group(groups: Sequence[Any]) -> list[NDArray[np.int64]]:
+    """The indices of each group's rows."""
     names = np.unique(np.asarray(groups), return_inverse=True)[1]
-    order = np.argsort(names, kind="stable")
-    rows = np.split(order, np.cumsum(np.bincount(names))[:-1])
-    rng, found = np.random.default_rng(seed), list[float]()
-    for _ in range(resamples):
-        drawn = rng.integers(0, len(rows), len(rows))
-        found.append(statistic(np.concatenate([rows[i] for i in drawn])))
-    values = np.asarray(found)
-    values = values[np.isfinite(values)]
+    return np.split(np.argsort(names, kind="stable"), np.cumsum(np.bincount(names))[:-1])
+
+
+def _percentiles(found: Sequence[float]) -> tuple[float, float]:
+    values = np.asarray(found)[np.isfinite(found)]
     if not len(values):
         return float("nan"), float("nan")
     low, high = np.percentile(values, [2.5, 97.5])
@@ -43,8 +46,13 @@ class Accuracy(NamedTuple):
 
 def accuracy(margins: Array, prompts: Sequence[Any], seed: int = 0, resamples: int = 2_000) -> Accuracy:
     """The share of n pairs that are ordered right, a tie counting half, with a 95% bootstrap interval over the pairs' `prompts`."""
-    scores = right(margins)
-    return Accuracy(float(scores.mean()), *interval_over(prompts, lambda rows: float(scores[rows].mean()), seed, resamples))
+    scores, names = right(margins), np.unique(np.asarray(prompts), return_inverse=True)[1]
+    sums, counts = np.bincount(names, scores), np.bincount(names)  # as `interval_over`, without the rows: there may be a million
+    rng, found = np.random.default_rng(seed), list[float]()
+    for _ in range(resamples):
+        drawn = rng.integers(0, len(sums), len(sums))
+        found.append(float(sums[drawn].sum() / counts[drawn].sum()))
+    return Accuracy(float(scores.mean()), *_percentiles(found))
 
 
 def fitted_scale(margins: Array) -> float:
@@ -106,9 +114,7 @@ def kendall_tau_b(x: Array, y: Array) -> float:
 
 def tau_within(x: Array, y: Array, prompts: Sequence[Any]) -> tuple[float, int]:
     """The mean of tau-b over the prompts whose things both scores tell apart, and how many those are; NaN and 0 where there are none."""
-    names = np.unique(np.asarray(prompts), return_inverse=True)[1]
-    rows = np.split(np.argsort(names, kind="stable"), np.cumsum(np.bincount(names))[:-1])
-    found = [kendall_tau_b(x[own], y[own]) for own in rows]
+    found = [kendall_tau_b(x[own], y[own]) for own in _by_group(prompts)]
     known = [tau for tau in found if np.isfinite(tau)]
     return (float(np.mean(known)), len(known)) if known else (float("nan"), 0)
 

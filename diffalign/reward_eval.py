@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from diffalign.data import PicturePrompt, Prompt, text_of
 from diffalign.errors import InputError
 from diffalign.examples import check
 from diffalign.inputs import named_rewards
-from diffalign.intake import contents, decoded
+from diffalign.intake import SAY_EVERY, contents, decoded
 from diffalign.judged import Judged
 from diffalign.layouts import Picture
 from diffalign.media import fit, to_tensor
@@ -171,7 +172,11 @@ def _scored(reward: CheckedReward, items: Sequence[Item], files: Files, batch_si
                 columns[name][at] = column
         batch.clear()
 
+    said = time.monotonic()
     for i, (prompt, key) in enumerate(items):
+        if time.monotonic() - said > SAY_EVERY:
+            said = time.monotonic()
+            say(f"{reward.name}: {i:,} of {len(items):,} pictures so far.")
         pixels = to_tensor(files.open(key))
         batch = waiting[tuple(pixels.shape)]
         batch.append((i, pixels, prompt))

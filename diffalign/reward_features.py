@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from diffalign.cache import Shelf, TextCache, cache_root, digest, fingerprint
-from diffalign.intake import contents, decoded
+from diffalign.intake import SAY_EVERY, contents, decoded
 from diffalign.layouts import Picture
 from diffalign.media import to_tensor
 from diffalign.records import Fault, Tally
@@ -29,10 +30,12 @@ class Pictures:
     tally: Tally
     device: torch.device
     shelf: Shelf | None
+    say: Callable[[str], None]
     files: dict[str, Picture] = field(default_factory=dict[str, Picture])
     rows: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     waiting: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     computed: int = 0
+    said: float = field(default_factory=time.monotonic)
 
     def take(self, picture: Picture) -> str | None:
         """The picture's key; None where it is missing or damaged, and the tally lets that pass."""
@@ -78,6 +81,9 @@ class Pictures:
             self.rows[key] = row
         self.computed += len(keys)
         self.waiting.clear()
+        if time.monotonic() - self.said > SAY_EVERY:
+            self.said = time.monotonic()
+            self.say(f"Embedding the data: {self.computed:,} pictures so far.")
 
     def _prepared(self, data: bytes, name: str) -> Tensor:
         return self.model.base.view(to_tensor(decoded(data, name))[None])[0]
@@ -115,9 +121,9 @@ class Texts:
         return (self.model.read(texts),)
 
 
-def pictures_of(model: RewardModel, tally: Tally, device: torch.device) -> Pictures:
+def pictures_of(model: RewardModel, tally: Tally, device: torch.device, say: Callable[[str], None]) -> Pictures:
     """Where a model's pictures go; the shelf is named after the frozen tower and how it is shown pictures."""
     trained = model.architecture.train_tower != "none"
     base = model.base
     shelf = None if trained else Shelf(cache_root() / f"features-{fingerprint(base.network, base.view)}")
-    return Pictures(model, tally, device, shelf)
+    return Pictures(model, tally, device, shelf, say)

@@ -69,7 +69,7 @@ def _fit(fitting: Fitting, device: torch.device, folder: Path) -> int | None:
     kind, tally = KINDS[fitting.loss], Tally(fitting.bad_pictures == "skip")
     model, base = _begin(fitting)
     model.to(device)
-    pictures, texts = pictures_of(model, tally, device), Texts(model, device, fitting.train_text)
+    pictures, texts = pictures_of(model, tally, device, say), Texts(model, device, fitting.train_text)
     rows = list(READERS[kind](fitting.data, pictures.take, tally, fitting.data_limit))
     pictures.finish()
     if not rows:

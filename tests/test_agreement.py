@@ -36,6 +36,9 @@ def test_prompts_weigh_as_much_as_they_have_pairs() -> None:
 
     agreement.interval_over(["a", "a", "a", "b"], note, 0, 200)
     assert set(found) == {0.0, 0.75, 1.0}
+    margins, prompts = np.random.default_rng(1).normal(0.3, 1, 60), [i // 4 for i in range(60)]
+    whole = agreement.interval_over(prompts, lambda rows: float(agreement.right(margins)[rows].mean()), 5, 300)
+    assert agreement.accuracy(margins, prompts, 5, 300)[1:] == pytest.approx(whole)
 
 
 def test_the_scale_is_that_of_the_largest_likelihood() -> None:

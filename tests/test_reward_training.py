@@ -175,7 +175,10 @@ def test_before_training_it_is_the_base_models_scaled_cosine() -> None:
     assert facts["model"] == "shapes-clip"
 
 
-@pytest.mark.parametrize("tower", [{"train_tower": "lora", "train_text": True}, {"train_tower": "full", "hidden": 4}])
+@pytest.mark.parametrize(
+    "tower",
+    [{"train_tower": "lora", "train_text": True}, {"train_tower": "full", "hidden": 4}, {"train_tower": "lora", "precision": "bf16"}],
+)
 def test_towers_train_and_are_kept(tower: dict[str, Any], data: Path, tmp_path: Path) -> None:
     given = {**QUICK, "steps": 3, "learning_rate": 1e-3, "data_limit": 12, **tower}
     made = train_reward(data, tmp_path / "made", **given)
