@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ class Row:
     scores: tuple[float, ...] | None = None
     source: Picture | None = None
     mask: Picture | None = None
-    ratings: Mapping[str, float] | None = None  # of a single picture, by aspect
+    ratings: Mapping[str, float] | None = field(default=None, kw_only=True)  # of a single picture, by aspect
 
 
 SINGLE = "prompts with a single picture"

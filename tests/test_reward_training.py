@@ -492,7 +492,8 @@ def test_a_trained_reward_passes_the_preflight_of_gradients(folder: Path) -> Non
     from diffalign.pipelines.stable_diffusion import StableDiffusion
 
     policy = StableDiffusion.of(pipelines.stable_diffusion(), guidance_scale=1.0)
-    check_gradient(Trained(checkpoint=folder), "trained", policy, Prompts(("a", "b")))
+    (reward,) = open_rewards([str(folder)])
+    check_gradient(reward.reward, reward.name, policy, Prompts(("a", "b")))
 
 
 def test_the_command_line(data: Path, folder: Path, run_cli: Callable[..., Any], tmp_path: Path) -> None:
