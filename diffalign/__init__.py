@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from diffalign.errors import InputError
     from diffalign.models import make_policy
     from diffalign.pairs import make_pairs
+    from diffalign.reward_training import train_reward
     from diffalign.run import Run
     from diffalign.sampling import ddim, flow_sde, rollout, transition
     from diffalign.session import resume
@@ -33,6 +34,7 @@ __all__ = [
     "resume",
     "reward",
     "rollout",
+    "train_reward",
     "transition",
 ]
 
@@ -51,6 +53,7 @@ _HOMES = {
     "resume": "session",
     "reward": "contract",
     "rollout": "sampling",
+    "train_reward": "reward_training",
     "transition": "sampling",
 }
 

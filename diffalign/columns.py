@@ -52,12 +52,12 @@ def text(record: Record, key: str) -> str:
 def number(record: Record, key: str) -> float:
     """A finite number; raises InputError for anything else."""
     value = record.values[present(record, key)]
-    if not _is_number(value):
+    if not is_number(value):
         raise InputError(f"{record.where}: {key} is {value!r}: give a number.")
     return float(value)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and abs(value) < 1e300  # no NaN, no infinity, and what float() takes
 
 
@@ -81,7 +81,7 @@ def several(record: Record, key: str) -> list[Any]:
 def numbers(record: Record, key: str, count: int) -> tuple[float, ...]:
     """A list of numbers, one for each of `count` pictures. Raises InputError for what is none, Fault for another count."""
     value = record.values[present(record, key)]
-    if not isinstance(value, list) or not all(map(_is_number, value)):
+    if not isinstance(value, list) or not all(map(is_number, value)):
         raise InputError(f"{record.where}: {key} is no list of numbers.")
     if len(value) != count:
         raise contradiction(record, f"{key} has {len(value)} numbers for {count} pictures")

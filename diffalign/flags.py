@@ -23,11 +23,12 @@ MEANT_EMPTY = ("negative_prompt",)  # another thing than none
 COMPOSE = "compose"  # the reward that several make
 LISTS = (
     *("--eval_rewards", "--guard.rewards", "--log", "--lora.target_modules", "--betas", "--original_size", "--crops_coords_top_left"),
-    *("--target_size", "--method.window_range"),
+    *("--target_size", "--method.window_range", "--aspects"),
 )
 SWITCHES = (
     *("--full", "--fsdp", "--tiny", "--gradient_checkpointing", "--channels_last", "--compile", "--offload", "--trajectories"),
     *("--method.checkpointing", "--method.reference_free", "--method.same_noise"),
+    "--train_text",
 )
 
 

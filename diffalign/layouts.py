@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ class Row:
     scores: tuple[float, ...] | None = None
     source: Picture | None = None
     mask: Picture | None = None
+    ratings: Mapping[str, float] | None = field(default=None, kw_only=True)  # of a single picture, by aspect
 
 
 Parse = Callable[[Iterable[Record], Tally], Iterator[Row]]
@@ -223,6 +224,29 @@ def _labelled(record: Record) -> Row:
     return Row(record.where, columns.prompt(record), (columns.picture(record, "image"),), (float(label),), columns.scores(record, "score"))
 
 
+def _rated_aspects(record: Record) -> Row:
+    """`ratings` are numbers by aspect. An aspect may be missing, or null; without any the row says nothing."""
+    values = record.values[columns.present(record, "ratings")]
+    if not isinstance(values, dict):
+        raise InputError(f'{record.where}: ratings are {values!r}: give numbers by aspect, such as {{"colour": 4}}.')
+    for name, value in values.items():
+        if value is not None and not columns.is_number(value):
+            raise InputError(f"{record.where}: the rating of '{name}' is {value!r}: give a number, or leave it out.")
+    return _with_ratings(record, "image", {str(name): float(value) for name, value in values.items() if value is not None})
+
+
+def _rated_by_columns(record: Record) -> Row:
+    """ImageRewardDB: a column an aspect."""
+    given = {name.removesuffix("_rating"): columns.number(record, name) for name in _RATINGS if record.values.get(name) is not None}
+    return _with_ratings(record, columns.present(record, "image_path", "image"), given)
+
+
+def _with_ratings(record: Record, key: str, ratings: Mapping[str, float]) -> Row:
+    if not ratings:
+        raise Fault("rows without a rating")
+    return Row(record.where, columns.prompt(record), (columns.picture(record, key),), ratings=ratings)
+
+
 def _captioned(record: Record) -> Row:
     key = columns.present(record, "image", "file_name")
     return Row(record.where, columns.prompt(record), (columns.picture(record, key),), None, columns.scores(record, "score"))
@@ -235,6 +259,7 @@ def _edited(record: Record) -> Row:
     return Row(record.where, columns.text(record, instruction), (picture,), None, columns.scores(record, "score"), about)
 
 
+_RATINGS = ("overall_rating", "image_text_alignment_rating", "fidelity_rating")
 _HPD = "image_path|file_path"
 _BETTER = (
     Layout("pairs.jsonl", ("prompt|caption", "chosen", "rejected"), _each(_pair)),
@@ -251,6 +276,10 @@ LAYOUTS: dict[Data, tuple[Layout, ...]] = {
     "pairs": _BETTER,
     "trajectories": tuple(layout for layout in _BETTER if layout.name in ("pairs.jsonl", "ranks.jsonl")),
     "labels": (Layout("labels.jsonl", ("prompt|caption", "image", "label"), _each(_labelled)), *_BETTER),
+    "ratings": (
+        Layout("labels.jsonl with ratings", ("prompt|caption", "image", "ratings"), _each(_rated_aspects)),
+        Layout("ImageRewardDB", ("prompt", "image_path|image", "overall_rating"), _each(_rated_by_columns)),
+    ),
     "pictures": (Layout("pictures.jsonl or an imagefolder", ("prompt|caption|text", "image|file_name"), _each(_captioned)),),
     "edits": (Layout("edits.jsonl, or InstructPix2Pix's columns", (_SOURCE, _INSTRUCTION, _EDITED), _each(_edited)),),
 }
@@ -259,6 +288,7 @@ FILES: dict[Data, tuple[str, ...]] = {
     "pairs": _BETTER_FILES,
     "trajectories": ("pairs.jsonl", "ranks.jsonl"),
     "labels": ("labels.jsonl", *_BETTER_FILES),
+    "ratings": ("labels.jsonl", "metadata-train.parquet", "*.parquet"),
     "pictures": ("pictures.jsonl", "metadata.jsonl", "*.parquet"),
     "edits": ("edits.jsonl", "metadata.jsonl", "*.parquet"),
 }

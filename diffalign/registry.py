@@ -91,6 +91,7 @@ REWARDS = {
         "diffalign.rewards.clip:OpenCLIP", "Cosine of a model of open_clip.", "differentiable", extra="open-clip", package="open_clip"
     ),
     "aesthetic": Entry("diffalign.rewards.aesthetic:Aesthetic", "LAION's aesthetic predictor; reads no prompt.", "differentiable"),
+    "trained": Entry("diffalign.rewards.trained:Trained", "One of your own, made by diffalign reward train.", "differentiable"),
     "shapes-clip": Entry("diffalign.rewards.shapes:ShapesCLIP", "Tiny CLIP trained on shapes.", "differentiable"),
     "shapes-checker": Entry("diffalign.rewards.shapes:ShapesChecker", "Share of the caption's attributes that are right.", "score"),
     "shapes-all-right": Entry(

@@ -151,7 +151,7 @@ class Trajectory:
         return self.states[-1]
 
 
-Data = Literal["pairs", "trajectories", "labels", "edits", "pictures"]
+Data = Literal["pairs", "trajectories", "labels", "ratings", "edits", "pictures"]  # ratings: of rewards, no method takes them
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ COMMANDS = {
     "score": "score pictures that exist",
     "serve": "a reward over HTTP, for diffalign train --reward remote",
     "pairs": "preference pairs from a model's samples and a reward, for the offline methods",
+    "reward": "train a reward from preferences or ratings, and test rewards on preferences",
     "edits": "a model's own edits, good and bad, for HIVE",
     "export": "a run's LoRA as one file for AUTOMATIC1111, ComfyUI and the like",
     "compare": "finished runs side by side: rewards, KL, diversity, and what they took",
