@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from diffalign import judged, registry
 from diffalign.checkpoint import whole
 from diffalign.console import say, watch
-from diffalign.data import PicturePrompt, Stream, text_of
+from diffalign.data import PicturePrompt, text_of
 from diffalign.errors import InputError
 from diffalign.examples import check
 from diffalign.judged import Judged
@@ -30,6 +30,7 @@ from diffalign.reward_model import CONFIG, SPLIT, WEIGHTS, Architecture, Card, R
 from diffalign.reward_objectives import BradleyTerry, Objective, Rate, Ratings, ratings_of
 from diffalign.run import versions
 from diffalign.settings import Settings
+from diffalign.streams import Stream
 from diffalign.types import Data
 
 RATES = {"none": 1e-3, "lora": 3e-4, "full": 1e-5}  # learning rates
