@@ -258,6 +258,12 @@ def test_prompt_files_with_transcripts(tmp_path: Path):
         (tmp_path / "bad.jsonl").write_text(json.dumps(line))
         with pytest.raises(InputError, match=says):
             read_prompts(str(tmp_path / "bad.jsonl"))
+    (tmp_path / "known.jsonl").write_text(json.dumps({"transcript": "one", "metadata": {"n": 1}}) + '\n{"transcript": "two"}')
+    known = read_prompts(str(tmp_path / "known.jsonl"))
+    assert known == [SpokenPrompt("", "one", (("n", 1),)), SpokenPrompt("", "two", ())], "all have metadata, or none"
+    write_file(tmp_path / "again.jsonl", known)
+    assert read_prompts(str(tmp_path / "again.jsonl")) == known
+    assert batch_of(known).metadata == ({"n": 1}, {})
     with pytest.raises(InputError, match="SpokenPrompt"):
         check_prompts([SpokenPrompt("a", " ")])
 
