@@ -33,6 +33,7 @@ class Column:
     at: int
     differentiable: bool = True
     modality: str = "image"
+    sample_rate: int | None = None
     asked: list[tuple[str, ...]] = field(default_factory=list)
 
     def __call__(self, media: Tensor, prompts: Prompts) -> Tensor:

@@ -162,7 +162,7 @@ def test_loudness_is_minus_the_distance_in_decibels():
 def test_silence_counts_frames_at_its_own_rate():
     half = torch.cat([torch.zeros(1, 8000), torch.ones(1, 8000) * 0.1], 1)
     assert Silence()(half, Prompts(("",))).tolist() == [-0.5]
-    assert Silence(threshold=-10.0)(half, Prompts(("",))).tolist() == [-1.0]
+    assert Silence(below=-10.0)(half, Prompts(("",))).tolist() == [-1.0]
     assert Silence()(torch.ones(1, 7), Prompts(("",))).tolist() == [0.0], "shorter than a frame"
     checked = CheckedReward(as_reward(Silence()), "silence")
     at_4k = checked(half[:, ::4], Prompts(("",), sample_rate=4000))
@@ -172,7 +172,7 @@ def test_silence_counts_frames_at_its_own_rate():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Loudness(target=3), lambda: Silence(threshold=-100), lambda: Silence(frame=0), lambda: Silence(threshold=1)]
+    "make", [lambda: Loudness(target=3), lambda: Silence(below=-100), lambda: Silence(frame=0), lambda: Silence(below=1)]
 )
 def test_fields_that_are_none(make: Callable[[], Any]):
     with pytest.raises(InputError, match=r"reward\."):
