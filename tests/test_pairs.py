@@ -236,6 +236,6 @@ def test_the_place_in_a_batch_and_the_noise_are_the_prompts_own(files: Path) -> 
     one, other = third(0), third(3)
     assert one.prompt == other.prompt == "a"
     for drawn, again in zip(one.samples, other.samples, strict=True):
-        assert torch.equal(drawn.picture, again.picture)
+        assert torch.equal(drawn.medium, again.medium)
         assert drawn.score == again.score
-    assert not torch.equal(one.samples[0].picture, one.samples[1].picture)
+    assert not torch.equal(one.samples[0].medium, one.samples[1].medium)
