@@ -248,7 +248,9 @@ def test_a_step_of_smaller_batches_is_the_same_step() -> None:
 
 def test_a_budget_finds_the_batches() -> None:
     tried = trial(memory_budget=1e-6)
-    with pytest.raises(InputError, match=rf"a step of the smallest batch does not fit: 1 sample takes {tried.peak(1) / 1e9:.3f} GB"):
+    least = tried.peak(1)
+    assert least is not None
+    with pytest.raises(InputError, match=rf"a step of the smallest batch does not fit: 1 sample takes {least / 1e9:.3f} GB"):
         within_budget(tried)
     line = expected(tried)
     assert line is not None
