@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import diffalign
 from diffalign.cli import main as diffalign_main
@@ -82,7 +83,7 @@ def main() -> int:
 
 def picture(hacked: Run, guarded: Run, file: Path) -> None:
     prompts = hacked.read_prompts("heldout")[:SHOWN]
-    chosen = {"steps": hacked.plan.sample_steps, "seed": hacked.plan.settings.seed + 1, "batch_size": SHOWN}
+    chosen: dict[str, Any] = {"steps": hacked.plan.sample_steps, "seed": hacked.plan.settings.seed + 1, "batch_size": SHOWN}
     with hacked.policy.reference():
         rows = [("before", sample(hacked.policy, prompts, **chosen))]
     rows += [(name, sample(run.policy, prompts, **chosen)) for name, run in (("hacked", hacked), ("guarded", guarded))]
