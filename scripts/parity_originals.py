@@ -1,10 +1,10 @@
 """The original packages' side of parity_rewards.py: runs inside the environment of `hpsv2` or `image-reward`, and needs no other.
 
-    python parity_originals.py hpsv2|image-reward small|full|backend FOLDER
+    python parity_originals.py hpsv2|image-reward small|full FOLDER [backend]
 
-`small` and `full` write into FOLDER the pictures, a checkpoint of random weights in the original layout, and what the package itself
+writes into FOLDER the pictures, a checkpoint of random weights in the original layout, and what the package itself
 makes of them: scores of the files by its own `score`, and scores with their gradient of the pixels that its own transform made of them.
-`backend`, after `full`, writes what diffalign's rewards say of the same files with `backend="package"`.
+With `backend`, after that, it writes what diffalign's rewards say of the same files with `backend="package"`.
 """
 
 # pyright: reportMissingImports=false, reportMissingModuleSource=false
@@ -38,10 +38,12 @@ def main() -> None:
     for i, file in enumerate(files):
         Image.fromarray(recipe.picture(i)).save(file)
     started = time.perf_counter()
-    if size == "backend":
-        Path("backend.json").write_text(json.dumps({**backend(package, files), "seconds": round(time.perf_counter() - started)}))
+    if size == "small":
+        {"hpsv2": smaller_hpsv2, "image-reward": smaller_image_reward}[package]()
+    if sys.argv[4:] == ["backend"]:
+        Path("backend.json").write_text(json.dumps(backend(package, files)))
         return
-    found = {"hpsv2": hpsv2, "image-reward": image_reward}[package](size, files)
+    found = {"hpsv2": hpsv2, "image-reward": image_reward}[package](files)
     del kept
     versions = {name: importlib.metadata.version(name) for name in (package, "torch", "torchvision", "transformers", "timm", "numpy")}
     arrays = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
@@ -92,23 +94,26 @@ def with_gradient(score: Callable[[torch.Tensor], torch.Tensor], pixels: torch.T
     return torch.cat(scores), torch.cat(slopes)
 
 
-def hpsv2(size: str, files: list[str]) -> dict[str, Any]:
+def smaller_hpsv2() -> None:
+    """ViT-H-14 becomes a small network, by the package's own way of adding an architecture."""
+    from hpsv2.src.open_clip import add_model_config
+
+    s, (head, text_head) = recipe.SMALL["hpsv2"], recipe.HEAD_WIDTHS["hpsv2"]
+    vision = {"image_size": 224, "layers": s["layers"], "width": s["vision"], "head_width": head, "patch_size": s["patch"]}
+    text = {"context_length": 77, "vocab_size": s["tokens"], "width": s["text"], "heads": s["text"] // text_head}
+    config = {"embed_dim": s["out"], "vision_cfg": vision, "text_cfg": {**text, "layers": s["text_layers"]}}
+    Path("ViT-H-14.json").write_text(json.dumps(config))
+    add_model_config("ViT-H-14.json")
+
+
+def hpsv2(files: list[str]) -> dict[str, Any]:
     from hpsv2 import img_score
-    from hpsv2.src.open_clip import add_model_config, create_model_and_transforms, get_tokenizer
+    from hpsv2.src.open_clip import create_model_and_transforms, get_tokenizer
     from hpsv2.src.open_clip.tokenizer import _tokenizer
 
-    name = "ViT-H-14"
-    if size == "small":
-        s, (head, text_head) = recipe.SMALL["hpsv2"], recipe.HEAD_WIDTHS["hpsv2"]
-        vision = {"image_size": 224, "layers": s["layers"], "width": s["vision"], "head_width": head, "patch_size": s["patch"]}
-        text = {"context_length": 77, "vocab_size": s["tokens"], "width": s["text"], "heads": s["text"] // text_head}
-        name = "small"
-        config = {"embed_dim": s["out"], "vision_cfg": vision, "text_cfg": {**text, "layers": s["text_layers"]}}
-        Path("small.json").write_text(json.dumps(config))
-        add_model_config("small.json")
     # what initialize_model of the package does, without LAION's weights, which its score overwrites at once
     model, _, prepare = create_model_and_transforms(
-        name, None, precision="amp", device="cpu", jit=False, light_augmentation=True, aug_cfg={}, output_dict=True
+        "ViT-H-14", None, precision="amp", device="cpu", jit=False, light_augmentation=True, aug_cfg={}, output_dict=True
     )
     count = fill(model)
     torch.save({"epoch": 0, "state_dict": model.state_dict()}, "checkpoint.pt")
@@ -139,42 +144,48 @@ def _words(tokenizer: Any, prompt: str) -> list[str]:
     return ["".join(tokenizer.byte_encoder[b] for b in word.encode("utf-8")) for word in found]
 
 
-def image_reward(size: str, files: list[str]) -> dict[str, Any]:
-    (folder := Path("bert-base-uncased")).mkdir(exist_ok=True)  # taken in place of the one on the Hub
-    vocabulary = recipe.wordpieces(30522 if size == "full" else len(recipe.WORDPIECES))
-    (folder / "vocab.txt").write_text("\n".join(vocabulary))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True, "tokenizer_class": "BertTokenizer"}))
+MED = {  # the published med_config.json
+    "architectures": ["BertModel"], "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
+    "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072, "layer_norm_eps": 1e-12, "max_position_embeddings": 512,
+    "model_type": "bert", "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 0, "type_vocab_size": 2,
+    "vocab_size": 30524, "encoder_width": 768, "add_cross_attention": True,
+}  # fmt: skip
+
+
+def smaller_image_reward() -> None:
+    """The package's networks, for which it has one size, at another: its own classes with other numbers."""
     import ImageReward
-    from ImageReward.ImageReward import MLP
     from ImageReward.models.BLIP import blip_pretrain
     from ImageReward.models.BLIP.vit import VisionTransformer
 
+    del ImageReward
     s, (head, text_head) = recipe.SMALL["image-reward"], recipe.HEAD_WIDTHS["image-reward"]
-    wide, layers = (768, 12) if size == "full" else (s["text"], s["text_layers"])
-    med = {
-        "architectures": ["BertModel"], "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
-        "hidden_size": wide, "initializer_range": 0.02, "intermediate_size": 4 * wide, "layer_norm_eps": 1e-12,
-        "max_position_embeddings": 512, "model_type": "bert", "num_attention_heads": wide // text_head, "num_hidden_layers": layers,
-        "pad_token_id": 0, "type_vocab_size": 2, "vocab_size": len(vocabulary) + 2, "encoder_width": 768, "add_cross_attention": True,
-    }  # fmt: skip
-    Path("med_config.json").write_text(json.dumps(med))
-    if size == "small":  # the package knows two sizes of its own network for pictures: give it a third
+    module: Any = sys.modules["ImageReward.ImageReward"]  # the name stands for the class of the same name elsewhere
+    whole = module.MLP
 
-        def create_vit(*_: Any) -> Any:
-            vit = VisionTransformer(
-                img_size=224, patch_size=s["patch"], embed_dim=s["vision"], depth=s["layers"], num_heads=s["vision"] // head
-            )
-            return vit, s["vision"]
+    def create_vit(*_: Any) -> Any:
+        sizes = {"embed_dim": s["vision"], "depth": s["layers"], "num_heads": s["vision"] // head}
+        return VisionTransformer(img_size=224, patch_size=s["patch"], **sizes), s["vision"]
 
-        blip_pretrain.create_vit = create_vit
+    blip_pretrain.create_vit, module.MLP = create_vit, lambda _: whole(s["text"])
+    MED.update(hidden_size=s["text"], intermediate_size=4 * s["text"], num_attention_heads=s["text"] // text_head)
+    MED.update(num_hidden_layers=s["text_layers"], vocab_size=len(recipe.WORDPIECES) + 2)
+
+
+def image_reward(files: list[str]) -> dict[str, Any]:
+    (folder := Path("bert-base-uncased")).mkdir(exist_ok=True)  # taken in place of the one on the Hub
+    vocabulary = recipe.wordpieces(int(str(MED["vocab_size"])) - 2)
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True, "tokenizer_class": "BertTokenizer"}))
+    Path("med_config.json").write_text(json.dumps(MED))
+    import ImageReward
+
     model = ImageReward.ImageReward(device="cpu", med_config="med_config.json")
-    if size == "small":
-        model.mlp = MLP(wide)
     count = fill(model)
     torch.save(model.state_dict(), "checkpoint.pt")
-    if size == "full":  # the package's own way to a model
-        with contextlib.redirect_stdout(None):
-            model = ImageReward.load("checkpoint.pt", device="cpu", med_config="med_config.json").requires_grad_(False)
+    del model  # gigabytes
+    with contextlib.redirect_stdout(None):  # the package's own way to a model
+        model = ImageReward.load("checkpoint.pt", device="cpu", med_config="med_config.json").requires_grad_(False)
     scored = [model.score(prompt, file) for file, prompt in zip(files, recipe.PROMPTS, strict=True)]
     read = model.blip.tokenizer(list(recipe.PROMPTS), padding="max_length", truncation=True, max_length=35, return_tensors="pt")
     pixels = torch.stack([model.preprocess(Image.open(file)) for file in files])
@@ -192,6 +203,7 @@ def image_reward(size: str, files: list[str]) -> dict[str, Any]:
 def backend(package: str, files: list[str]) -> dict[str, Any]:
     from diffalign.contract import CheckedReward
     from diffalign.media import read_image
+    from diffalign.rewards import packages
     from diffalign.rewards.hps import HPS
     from diffalign.rewards.image_reward import ImageReward
     from diffalign.types import Prompts
@@ -199,6 +211,7 @@ def backend(package: str, files: list[str]) -> dict[str, Any]:
     checkpoint, tokenizer = Path("checkpoint.pt"), Path("bert-base-uncased")
     reward: Any = HPS(checkpoint=checkpoint, backend="package")
     if package == "image-reward":
+        packages.MED.update(MED)
         reward = ImageReward(checkpoint=checkpoint, tokenizer=tokenizer, backend="package")
     checked = CheckedReward(reward, package)
     checked.open()

@@ -5,10 +5,11 @@
 The first call makes an environment for each package with pip, in the folder of --env: the packages want versions that exclude each other
 and, ImageReward, ours. That takes PyPI, some minutes, and 2 GB of disk with a CPU build of torch; where pip finds none, 7 GB for each.
 The published checkpoints are not fetched. Every package writes one of its own, of random weights in the original layout: `small`, a
-network of the same make of some million weights (seconds), and `full`, the whole one (TIMES). It scores three pictures with a prompt
+network of the same make of some million weights (seconds), and `full`, the whole one (HPSv2: 986 million weights, 2 minutes
+of one core for the package, 1 for ours, 9 GB of memory; ImageReward: 447 million). It scores three pictures with a prompt
 each, from their files by its own `score`, and from the pixels that its own transform made of them, with the gradient at those pixels.
-Then our reader opens the same checkpoint and is held against both; of `full` also our back end `--reward.backend package`, in the
-package's environment.
+Then our reader opens the same checkpoint and is held against both; and our back end `--reward.backend package`, in the package's
+environment, against the package's own `score`.
 
 Prints a table. --write puts it into docs/rewards/hps.md and image-reward.md, and the numbers of the small networks into
 tests/parity_rewards.json, which the tests hold our readers against without the packages. Exits with status 1 where something is
@@ -75,12 +76,12 @@ def main() -> int:
             original = torch.load(folder / "original.pt", weights_only=True)
             facts = json.loads((folder / "original.json").read_text())
             found = compare(package, folder, original, facts)
+            in_environment(python, package, size, folder, "backend")
+            found |= backend(folder, original)
             if size == "full":
-                in_environment(python, package, "backend", folder)
-                found |= backend(folder, original)
                 (folder / "checkpoint.pt").unlink()  # gigabytes
             (folder / "found.json").write_text(json.dumps({"size": size, **facts, **found}))
-            failed |= found["scores"] > LIMITS[package] or found.get("backend", 0) > 0
+            failed |= found["scores"] > LIMITS[package] or found["backend"] > 0
             if chosen.write and size == "small":
                 write_numbers(package, original, facts)
         files = [base / f"{package}-{size}" / "found.json" for size in ("small", "full")]
@@ -113,11 +114,11 @@ def environment(package: str, folder: Path) -> Path:
     return python
 
 
-def in_environment(python: Path, package: str, size: str, folder: Path) -> None:
-    print(f"{package}, {size}", file=sys.stderr)
+def in_environment(python: Path, package: str, size: str, folder: Path, *more: str) -> None:
+    print(f"{package}, {size} {' '.join(more)}", file=sys.stderr)
     settings = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
     script = Path(__file__).with_name("parity_originals.py")
-    subprocess.run([python, script, package, size, folder], check=True, env={**os.environ, **settings}, stdout=subprocess.DEVNULL)
+    subprocess.run([python, script, package, size, folder, *more], check=True, env={**os.environ, **settings}, stdout=subprocess.DEVNULL)
 
 
 def reader(package: str, folder: Path, merges: list[tuple[str, str, int]]) -> Any:
@@ -211,7 +212,7 @@ def table(package: str, rows: list[dict[str, Any]]) -> str:
         "score, from the file": lambda r: f"{r['files']:.1e}",
         "pixels of the network's picture, of 255: mean, largest": lambda r: f"{r['pixels_mean']:.2g}, {r['pixels']:.2g}",
         "scores of the three pictures lie apart by": lambda r: f"{r['spread']:.2g}",
-        "`backend package` and the package's `score`": lambda r: f"{r['backend']:.1e}" if "backend" in r else "",
+        "`backend package` and the package's `score`": lambda r: f"{r['backend']:.1e}" if "backend" in r else "not run",
     }
     versions = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
     head = ["| largest difference | " + " | ".join(titles) + " |", "| --- |" + " --- |" * len(rows)]

@@ -109,7 +109,7 @@ def test_min_raises_the_worst_part_and_a_sum_does_not() -> None:
         for _ in range(400):
             (slope,) = torch.autograd.grad(reward(x, THREE[:1]).sum(), x)
             x = (x + 0.01 * slope).detach().requires_grad_(True)
-        return [float(2 * x), float(3 - x)]
+        return [2 * x.item(), 3 - x.item()]
 
     assert min(ascend("min")) == pytest.approx(2, abs=0.05)
     assert min(ascend("sum")) == pytest.approx(-1, abs=0.01)

@@ -196,7 +196,8 @@ def test_ddpo_logs_parts_without_a_gradient(tmp_path: Path) -> None:
 
 
 def test_two_processes_have_the_statistics_of_one(files: Path, tmp_path: Path) -> None:
-    call = {**SMALL, "steps": 2, "eval_size": 0, "reward": parts_of(files), "prompts": str(files / "prompts.txt"), "k": 2}
+    rounds = {"method": "ddpo", "batches": 2, "updates": 1, "advantage": "global"}
+    call = {**SMALL, **rounds, "steps": 2, "eval_size": 0, "reward": parts_of(files), "prompts": str(files / "prompts.txt")}
     (tmp_path / "work.py").write_text(WORK)
     done = torchrun("work.py", json.dumps({**call, "batch_size": 2}), str(files / "model"), folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -234,13 +235,11 @@ def test_metadata_of_prompts_reach_the_parts(files: Path, tmp_path: Path) -> Non
     assert batch_of([prompts[0], prompts[-1]]) == expected
     photo = {"name": f"{files}/rewards.py:red", "when": {"style": "photo"}}
     oil = {"name": f"{files}/rewards.py:plain", "when": {"style": "oil"}}
+    given = {**SMALL, "method": "ddpo", "steps": 1, "batch_size": 8, "batches": 1, "updates": 1, "prompts": tmp_path / "prompts.jsonl"}
     with pytest.raises(InputError, match="No part of the reward is for the prompt 'a plain one'"):
-        diffalign.align(files / "model", reward=[photo, oil], prompts=tmp_path / "prompts.jsonl", output=tmp_path / "run", **SMALL)
+        diffalign.align(files / "model", reward=[photo, oil], output=tmp_path / "run", **given)
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    run = diffalign.align(
-        files / "model", method="draft", reward={"parts": [photo, {**oil, "label": "bright"}]}, prompts=tmp_path / "prompts.jsonl",
-        output=tmp_path / "run", **{**SMALL, "steps": 2, "batch_size": 8, "k": 1},
-    )  # fmt: skip
+    run = diffalign.align(files / "model", reward={"parts": [photo, {**oil, "label": "bright"}]}, output=tmp_path / "run", **given)
     assert {"reward/red", "reward/bright"} <= run.metrics[0].keys()
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "metadata": "photo"}')
     with pytest.raises(InputError, match=r"prompts\.jsonl, line 1: metadata is an object of texts and numbers"):

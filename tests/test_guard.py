@@ -212,10 +212,10 @@ def test_a_silent_guard_changes_no_round(here: Path, tmp_path: Path) -> None:
         "method": "ddpo", "reward": "jpeg-compressibility", "batches": 1, "samples": 2, "updates": 2, "advantage": "group",
         "learning_rate": 1e-3, "inference_steps": 2, "batch_size": 2, "eval_size": 0, "steps": 6,
     }  # fmt: skip
-    guard: Any = {"rewards": [f"{here / 'watched.py'}:dull"], "every": 3, "size": 2, "drop": 99.0, "diversity_drop": 1.0}
+    guard = {"rewards": [f"{here / 'watched.py'}:dull"], "every": 3, "size": 2, "drop": 99.0, "diversity_drop": 1.0}
+    ways: dict[str, dict[str, Any]] = {"plain": {}, "guarded": {"guard": guard}}
     plain, guarded = (
-        diffalign.align(here / "model", prompts=here / "prompts.txt", output=tmp_path / name, **call, **more)
-        for name, more in dict[str, Any](plain={}, guarded={"guard": guard}).items()
+        diffalign.align(here / "model", prompts=here / "prompts.txt", output=tmp_path / name, **call, **more) for name, more in ways.items()
     )
     assert bytes_of(plain.path) == bytes_of(guarded.path)
     assert [row["step"] for row in rows_of(guarded.path)] == [0, 4, 6], "step 3 is within a round"
