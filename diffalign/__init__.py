@@ -11,11 +11,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from diffalign.api import align, load
+    from diffalign.composing import compose
     from diffalign.contract import reward
     from diffalign.data import SpokenPrompt
     from diffalign.errors import InputError
     from diffalign.models import make_policy
     from diffalign.pairs import make_pairs
+    from diffalign.reward_training import train_reward
     from diffalign.run import Run
     from diffalign.sampling import ddim, flow_sde, rollout, transition
     from diffalign.session import resume
@@ -25,6 +27,7 @@ __all__ = [
     "Run",
     "SpokenPrompt",
     "align",
+    "compose",
     "ddim",
     "flow_sde",
     "load",
@@ -33,6 +36,7 @@ __all__ = [
     "resume",
     "reward",
     "rollout",
+    "train_reward",
     "transition",
 ]
 
@@ -43,6 +47,7 @@ _HOMES = {
     "Run": "run",
     "SpokenPrompt": "data",
     "align": "api",
+    "compose": "composing",
     "ddim": "sampling",
     "flow_sde": "sampling",
     "load": "api",
@@ -51,6 +56,7 @@ _HOMES = {
     "resume": "session",
     "reward": "contract",
     "rollout": "sampling",
+    "train_reward": "reward_training",
     "transition": "sampling",
 }
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,25 @@ from typing import Any
 import torch
 
 from diffalign import registry, tiny
+from diffalign.composing import given_reward, make_reward
 from diffalign.config import Plan, resolve
 from diffalign.console import say
-from diffalign.contract import CheckedReward
+from diffalign.contract import CheckedReward, short_name
 from diffalign.data import SpokenPrompt, check_fit, check_prompts, read_prompts
 from diffalign.errors import InputError
-from diffalign.inputs import check_media, check_reward, eval_rewards, given_prompts, named_rewards, open_data, prompt_lists
+from diffalign.guarding import check_guard, guard_outcome, guard_rewards
+from diffalign.inputs import (
+    check_judges,
+    check_media,
+    check_parts,
+    check_reward,
+    eval_rewards,
+    given_prompts,
+    named_rewards,
+    open_data,
+    prompt_lists,
+)
+from diffalign.loop import STATE
 from diffalign.media import read_image
 from diffalign.models import class_of, make_policy, modality_of, prepare_to_train
 from diffalign.preflight import Finding, preflight
@@ -24,7 +38,7 @@ from diffalign.run import Run
 from diffalign.session import evaluate_into, start
 from diffalign.settings import LIVE
 from diffalign.sound import CLIPPED, read_wav
-from diffalign.types import Prompts
+from diffalign.types import Prompts, StatefulReward
 
 
 def align(
@@ -39,24 +53,24 @@ def align(
 ) -> Run:
     """Align a diffusion model with a reward, and return the finished run.
 
-    `pipe` is a live diffusers pipeline (trained in place), a Hub id, a folder, or 'shapes'. `reward` is a name, or a callable
-    `(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`. `prompts` is a list, or what `--prompts` takes; of an
-    editing pipeline a list of `(instruction, picture file)`, for inpainting of `(text, picture file, mask file)`, for speech of
-    `SpokenPrompt(text, transcript)`. Everything else is a setting (`steps=`, `learning_rate=`, `lora={"rank": 8}`, ...) or a field of the
-    method (`k=`, `inference_steps=`, ...), as in config.yaml.
+    `pipe` is a live diffusers pipeline (trained in place), a Hub id, a folder, or 'shapes'. `reward` is a name, a callable
+    `(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`, a mapping as in config.yaml, or several of these in a list or in `compose(...)`.
+    `prompts` is a list, or what `--prompts` takes; of an editing pipeline a list of `(instruction, picture file)`, for inpainting of
+    `(text, picture file, mask file)`, for speech of `SpokenPrompt(text, transcript)`. Everything else is a setting (`steps=`,
+    `learning_rate=`, `lora={"rank": 8}`, ...) or a field of the method (`k=`, `inference_steps=`, ...), as in config.yaml.
 
     Raises InputError for anything that cannot work, where possible before a model is loaded.
     """
     pipe = str(pipe) if isinstance(pipe, Path) else pipe
     live = None if isinstance(pipe, str) else pipe
-    object_reward = None if reward is None or isinstance(reward, str) else reward
+    named_reward, object_reward = given_reward(reward)
     method_class, _ = registry.find("methods", method)
     method_fields = {f.name for f in fields(method_class)}
     settings = {k: v for k, v in given.items() if k not in method_fields}
     nested: dict[str, Any] = {"method": {"name": method, **{k: v for k, v in given.items() if k in method_fields}}, **settings}
     nested["pipeline"] = LIVE if live is not None else pipe
-    if isinstance(reward, str):
-        nested["reward"] = {"name": reward}
+    if named_reward is not None:
+        nested["reward"] = named_reward
     sources = {"prompts": prompts, "eval_prompts": eval_prompts}
     nested |= {name: str(value) for name, value in sources.items() if isinstance(value, str | Path)}
     plan = resolve(nested, object_reward)
@@ -101,7 +115,9 @@ def evaluate_run(
     with suppress(InputError):
         before = run.evaluation
     check_fit(texts[:limit], run.policy)
-    results = evaluate_into(plan, run.policy, checked, texts[:limit], seed, target, target.with_suffix(".png"), pairs=before.get("pairs"))
+    check_judges(checked, run.policy.modality)
+    kept = {"pairs": before.get("pairs"), "guard": guard_outcome(run)}
+    results = evaluate_into(plan, run.policy, checked, texts[:limit], seed, target, target.with_suffix(".png"), **kept)
     say(f"Written: {target} and {target.with_suffix('.png')}")
     return results
 
@@ -109,7 +125,12 @@ def evaluate_run(
 def _own_rewards(run: Run) -> list[CheckedReward]:
     """The rewards that the run's training evaluates on; raises InputError where one of them is gone."""
     try:
-        return eval_rewards(resolve(run.config))
+        rewards = eval_rewards(resolve(run.config))
+        if rewards and isinstance(rewards[0].reward, StatefulReward):  # as the training left it
+            memory = run.newest_checkpoint()[0]["memory"]
+            if STATE in memory:
+                rewards[0].reward.restore(memory[STATE])
+        return rewards
     except InputError as error:
         raise InputError(f"A reward of {run.path} cannot be had: {error} Put it back, or name others with --reward NAME.") from error
 
@@ -127,13 +148,30 @@ def score_files(
     `source` is what was edited, for a reward of edits; `transcript` what is said in all the sounds. `fields` are the reward's. Raises
     InputError for files that cannot be used, before the first is scored.
     """
-    (checked,) = named_rewards([reward], fields)
+    for file, score, _ in score_files_by_part(reward, files, prompt, source, fields, transcript):
+        yield file, score
+
+
+def score_files_by_part(
+    reward: str,
+    files: Sequence[Path],
+    prompt: str | None = None,
+    source: Path | None = None,
+    fields: Mapping[str, Any] | None = None,
+    transcript: str | None = None,
+) -> Iterator[tuple[Path, float, dict[str, float]]]:
+    """`(file, score, raw scores)` as `score_files` has them, the last by part of a composed reward: of those that are for the prompt."""
+    made, _ = make_reward(reward, fields or {})
+    checked = CheckedReward(made, short_name(reward), noted={})
+    checked.check_settled("diffalign score is none")
+    checked.open()
     if prompt is None and transcript is None:
         say("No --prompt: scored as if the prompt were empty.")
     if checked.modality == "audio":
         if source is not None:
             raise InputError(f"--image: {reward} judges sound. Drop it.")
-        yield from _score_sounds(checked, files, prompt, transcript)
+        for file, score in _score_sounds(checked, files, prompt, transcript):
+            yield file, score, _of_parts(checked)
         return
     if transcript is not None:
         raise InputError(f"--transcript: {reward} judges pictures. Drop it.")
@@ -141,7 +179,14 @@ def score_files(
     before = None if source is None else read_image(source)[None]
     for file, picture in zip(files, pictures, strict=True):
         with torch.no_grad():
-            yield file, float(checked(picture[None], Prompts((prompt or "",), before)))
+            score = float(checked(picture[None], Prompts((prompt or "",), before)))
+        yield file, score, _of_parts(checked)
+
+
+def _of_parts(reward: CheckedReward) -> dict[str, float]:
+    """What each part of a composed reward gave the file that was scored last, where it was asked."""
+    parts = {name: float(calls.pop()) for name, calls in (reward.noted or {}).items()}
+    return {name: value for name, value in parts.items() if not math.isnan(value)}
 
 
 def _score_sounds(reward: CheckedReward, files: Sequence[Path], prompt: str | None, transcript: str | None) -> Iterator[tuple[Path, float]]:
@@ -164,11 +209,15 @@ def check(plan: Plan) -> Iterator[Finding]:
     if plan.settings.tiny:
         yield Finding("tiny", None, tiny.in_words(plan.settings))
     given = given_prompts(plan.settings)
+    check_parts(plan, *given)
     if plan.reward is not None:
         plan.reward.open()
+    guards = guard_rewards(plan)
     policy = make_policy(plan.settings, train=False)
     data = open_data(plan, policy)
-    prompts, _ = prompt_lists(plan.settings, *given, data)
-    check_fit(prompts, policy)
+    prompts, held_out = prompt_lists(plan.settings, *given, data)
+    check_fit([*prompts, *held_out], policy)
     check_reward(plan, policy, prompts)
-    yield from preflight(plan, prepare_to_train(policy, plan.settings), prompts, data[0] if data else None)
+    check_guard(guards, policy, held_out)
+    with plan.reward.rehearsal() if plan.reward is not None else nullcontext():
+        yield from preflight(plan, prepare_to_train(policy, plan.settings), prompts, data[0] if data else None)

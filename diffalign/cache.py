@@ -107,7 +107,7 @@ class Shelf:
 @dataclass
 class TextCache:
     """Text embeddings, computed once. `encode` maps n texts to tensors (n, ...), one for each of `names`; rows are kept on the CPU, up
-    to `capacity` texts. A call gives the tensors by name.
+    to `capacity` texts. A call gives the tensors by name, on `device` but for those `on_cpu`, whose numbers the host reads.
 
     Missing texts go through the encoder in batches of one fixed size: a row's last bits depend on the batch size, and a resumed run
     has another cache than an uninterrupted one. With a `shelf` the rows are also kept on disk, for every later run.
@@ -120,6 +120,7 @@ class TextCache:
     capacity: int = 4096
     rows: OrderedDict[str, tuple[Tensor, ...]] = field(default_factory=OrderedDict)
     shelf: Shelf | None = None
+    on_cpu: tuple[str, ...] = ()
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
         found = {text: self.rows[text] for text in texts if text in self.rows}
@@ -141,7 +142,8 @@ class TextCache:
             self.rows.move_to_end(text)
         while len(self.rows) > self.capacity:
             self.rows.popitem(last=False)
-        return {name: torch.stack([found[text][i] for text in texts]).to(self.device) for i, name in enumerate(self.names)}
+        where = {name: "cpu" if name in self.on_cpu else self.device for name in self.names}
+        return {name: torch.stack([found[text][i] for text in texts]).to(where[name]) for i, name in enumerate(self.names)}
 
     def _shelved(self, text: str) -> tuple[Tensor, ...] | None:
         rows = [] if self.shelf is None else [self.shelf.get(digest(name, text)) for name in self.names]

@@ -12,6 +12,8 @@ from diffalign.console import say
 from diffalign.contract import short_name
 from diffalign.errors import InputError
 from diffalign.evaluate import diversity, kl_to_base
+from diffalign.guard import closing
+from diffalign.guarding import guard_outcome
 from diffalign.report import Line, reward_curves
 from diffalign.run import Run
 
@@ -42,15 +44,16 @@ def compare_runs(runs: Sequence[str | Path | Run], limit: int = 32) -> dict[str,
 
 
 def check_finished(run: Run) -> None:
-    """Raise InputError where a run has not taken all its steps, or has no weights."""
-    settings, rows = run.plan.settings, run.metrics
+    """Raise InputError where a run has not taken all its steps, nor was ended by its guard, or has no weights."""
+    settings, rows, guard = run.plan.settings, run.metrics, guard_outcome(run)
     done = int(rows[-1]["step"]) if rows else 0
-    if done < settings.steps or not (run.path / ("model" if settings.full else "lora")).is_dir():
+    ended = guard is not None and guard["fired"] and guard["step"] == done
+    if (done < settings.steps and not ended) or not (run.path / ("model" if settings.full else "lora")).is_dir():
         raise InputError(f"{run.path} is unfinished, at step {done} of {settings.steps}: diffalign train --resume {run.path}")
 
 
 def summary(run: Run) -> dict[str, Any]:
-    """What a finished run's folder says: its settings' names, its evaluation (None where it has none), and what its training took."""
+    """What a finished run's folder says: its settings' names, its evaluation and its guard (None where it has none), and its costs."""
     plan, last = run.plan, run.metrics[-1]
     return {
         "path": str(run.path),
@@ -59,9 +62,10 @@ def summary(run: Run) -> dict[str, Any]:
         "method": plan.method_name,
         "reward": short_name(run.config["reward"]["name"]) if run.config["reward"]["name"] else None,
         "data": plan.settings.data,
-        "steps": plan.settings.steps,
+        "steps": int(last["step"]),
         "seed": plan.settings.seed,
         "evaluation": run.evaluation if (run.path / "eval.json").is_file() else None,
+        "guard": guard_outcome(run),
         **{name: last.get(name) for name in COSTS},
     }
 
@@ -83,6 +87,7 @@ def notes(runs: Sequence[Run], records: Sequence[dict[str, Any]]) -> list[str]:
     """One line for each thing that is not the same in all runs and has to be, for their levels to be compared."""
     unknown = [record for record in records if not record["evaluation"]]
     found = [f"{record['run']} has no held-out evaluation: diffalign eval {record['path']}" for record in unknown]
+    found += [f"{record['run']}: {closing(record['guard'])}" for record in records if record["guard"]]
     if len({(record["pipeline"], record["revision"]) for record in records}) > 1:
         found.append("The base models differ: KL, diversity and rewards are each against the run's own.")
     if len({tuple(run.read_prompts("heldout")) for run in runs}) > 1:

@@ -16,12 +16,14 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from diffalign import knobs, registry
-from diffalign.contract import CheckedReward, FunctionReward, as_reward, short_name
+from diffalign.composing import make_reward
+from diffalign.contract import CheckedReward, FunctionReward, as_reward, name_of, short_name
 from diffalign.errors import InputError
-from diffalign.flags import flat, nested, normal, parameters, parse, refuse_empty
+from diffalign.flags import COMPOSE, flat, nested, normal, parameters, parse, refuse_empty
+from diffalign.guard import Guard
 from diffalign.lora import LoRA
 from diffalign.settings import LIVE, Settings
-from diffalign.types import Method
+from diffalign.types import ComposedReward, Method
 
 DATA = {
     "pairs": "preference pairs: --data FOLDER with pairs.jsonl (prompt, chosen, rejected). Make some: diffalign pairs --reward NAME "
@@ -85,10 +87,11 @@ class Plan:
         if self.settings.eval_rewards is not None:
             settings["eval_rewards"] = [_absolute_plugin(name) for name in self.settings.eval_rewards]
         settings["lora"]["init"] = _absolute(self.settings.lora.init)
+        settings["guard"]["rewards"] = [_absolute_plugin(name) for name in self.settings.guard.rewards]
         reward_name = self.reward_name and _absolute_plugin(self.reward_name)
         config: dict[str, Any] = {
             "method": {"name": _absolute_plugin(self.method_name), **asdict(self.method)},
-            "reward": {"name": LIVE if self.reward_is_live else reward_name, **self.reward_fields},
+            "reward": {"name": LIVE if self.reward_is_live else reward_name, **_recorded(self.reward_name, self.reward_fields)},
             **settings,
         }
         return _plain(config)
@@ -105,6 +108,13 @@ def _absolute_plugin(name: str) -> str:
     """`path/to/file.py:Name` from the root; other names as they are."""
     file, colon, attribute = name.rpartition(":")
     return f"{_absolute(file)}:{attribute}" if colon and file.endswith(".py") else name
+
+
+def _recorded(reward: str | None, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A reward's fields; the plug-ins among the parts of compose are named from the root."""
+    if reward != COMPOSE or "parts" not in fields:
+        return fields
+    return {**fields, "parts": [{**part, "name": _absolute_plugin(part["name"])} for part in fields["parts"]]}
 
 
 def _plain(value: Any) -> Any:
@@ -168,7 +178,8 @@ def build_parser(names: Names, prog: str = "diffalign train") -> ArgumentParser:
     layered["reward"] = {"name": names.reward, **reward_fields}
     parser.set_defaults(flat(layered))
     about = {f"{p.arg_name}": " ".join((p.description or "").split()) for p in docstring_parser.parse_from_object(Settings).params}
-    about |= {f"lora.{p.arg_name}": " ".join((p.description or "").split()) for p in docstring_parser.parse_from_object(LoRA).params}
+    for group, kind in (("lora", LoRA), ("guard", Guard)):
+        about |= {f"{group}.{p.arg_name}": " ".join((p.description or "").split()) for p in docstring_parser.parse_from_object(kind).params}
     for action in parser._actions:
         action.help = about.get(action.dest, action.help)
     return parser
@@ -220,6 +231,7 @@ def settle(parsed: Namespace, names: Names, reward: Any = None) -> Plan:
         values.pop(name, None)
     refuse_empty(values, Settings)
     refuse_empty(values["lora"], LoRA, "lora.")
+    refuse_empty(values["guard"], Guard, "guard.")
     refuse_empty(method_fields, method_class, "method.")
     refuse_empty(reward_fields, reward_class, "reward.")
     method = method_class(**method_fields)
@@ -227,9 +239,9 @@ def settle(parsed: Namespace, names: Names, reward: Any = None) -> Plan:
     if reward is not None:
         checked = CheckedReward(as_reward(reward), names.reward or "reward")
     elif names.reward is not None:
-        made = reward_class(**reward_fields) if isinstance(reward_class, type) else reward_class
-        checked = CheckedReward(as_reward(made), short_name(names.reward), tiny=values["tiny"])
-    settings = Settings(**{**values, "lora": LoRA(**values["lora"]), "betas": tuple(values["betas"])})
+        made, reward_fields = make_reward(names.reward, reward_fields)
+        checked = CheckedReward(made, short_name(names.reward), tiny=values["tiny"])
+    settings = Settings(**{**values, "lora": LoRA(**values["lora"]), "guard": Guard(**values["guard"]), "betas": tuple(values["betas"])})
     return Plan(settings, names.method, method, names.reward, checked, reward_fields, reward is not None)
 
 
@@ -259,14 +271,26 @@ def check_needs(plan: Plan) -> None:
         raise InputError(f"{plan.method_name} trains on {DATA[needs.data]}. See docs/data.md.")
     if needs.data is None and plan.settings.data is not None:
         raise InputError(f"{plan.method_name} takes no data: drop --data. Its samples are its own.")
+    if plan.reward is not None and needs.data_role == "only" and needs.data is not None:
+        plan.reward.check_settled(f"{plan.method_name} scores its data before it begins")
     if needs.differentiable_reward and plan.reward is not None and not plan.reward.differentiable:
         if lacking := _undeclared(plan.reward.reward):
             raise InputError(
                 f"{plan.method_name} follows the reward's gradient, and {plan.reward_name} does not declare {' and '.join(lacking)}: "
                 'give its class differentiable = True and modality = "image".'
             )
+        if plan.reward_fields.get("backend") == "package":
+            raise InputError(
+                f"{plan.method_name} follows the reward's gradient, and the package's own scores of {plan.reward_name} have none: "
+                "--reward.backend native has one, and scores the same."
+            )
         accept = [n for n in registry.METHODS if not registry.find("methods", n)[0].needs.differentiable_reward]
         others = f"Methods that accept it: {', '.join(accept)}." if accept else "No method of this version accepts it."
+        if isinstance(plan.reward.reward, ComposedReward):
+            raise InputError(
+                f"{plan.method_name} follows the reward's gradient, and these parts have none: {', '.join(plan.reward.reward.still)}. Drop "
+                f"them, or declare yours with @diffalign.reward(differentiable=True) if they have one; a step has one as a hinge. {others}"
+            )
         raise InputError(
             f"{plan.method_name} follows the reward's gradient, and {plan.reward_name} has none. Choose a differentiable reward "
             f"(diffalign list rewards), or declare yours with @diffalign.reward(differentiable=True) if it is one. {others}"
@@ -279,10 +303,13 @@ def _undeclared(reward: Any) -> list[str]:
     return [] if inspect.isroutine(thing) else [name for name in ("differentiable", "modality") if name not in dir(thing)]
 
 
-def name_of(reward: Any) -> str:
-    """What a reward object is called in logs: its function's or its class's name."""
-    function = reward.function if isinstance(reward, FunctionReward) else reward
-    return getattr(function, "__name__", type(function).__name__)
+def same_reward(plan: Plan, name: str) -> bool:
+    """Whether the reward of this name, with its usual fields, is the one that is trained on."""
+    if plan.reward_name is None or plan.reward_is_live or _absolute_plugin(name) != _absolute_plugin(plan.reward_name):
+        return False
+    thing, preset = registry.find("rewards", name)
+    usual = {**{n: default for n, (_, default, _) in parameters(thing).items()}, **preset}
+    return {**usual, **plan.reward_fields} == usual
 
 
 def resolve(given: Mapping[str, Any], reward: Any = None, *, rewarded: bool = True) -> Plan:

@@ -78,6 +78,9 @@ def runs_table(records: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("held out", no_wrap=True)
     for column in ("steps", "KL", "diversity", "queries", "network samples", "seconds", "peak MB"):
         table.add_column(column, justify="right")
+    guarded = any(record.get("guard") for record in records)
+    if guarded:
+        table.add_column("guard", overflow="fold")
     for record in records:
         diversity = record.get("diversity")
         table.add_row(
@@ -89,8 +92,16 @@ def runs_table(records: Sequence[Mapping[str, Any]]) -> Table:
             f"{diversity['before']:.3f} -> {diversity['after']:.3f}" if diversity else "-",
             *(f"{record[name]:,}" if record[name] is not None else "-" for name in ("reward_queries", "network_samples")),
             *(f"{record[name]:,.0f}" if record[name] is not None else "-" for name in ("seconds", "peak_memory_mb")),
+            *([_guard(record.get("guard"))] if guarded else []),
         )
     return table
+
+
+def _guard(outcome: Mapping[str, Any] | None) -> str:
+    if outcome is None:
+        return "-"
+    fired = outcome["fired"]
+    return f"ended it at step {outcome['step']}: {escape(fired['measure'])}" if fired else f"silent, {outcome['evaluations']} evaluations"
 
 
 def _held_out(evaluation: Mapping[str, Any]) -> Iterator[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,8 +13,21 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import InputError
+from diffalign.shards import everyone
 from diffalign.sound import resample
-from diffalign.types import LearnedReward, Modality, Policy, Prompts, Reward, SoundReward
+from diffalign.types import (
+    ALONE,
+    ComposedReward,
+    LearnedReward,
+    Modality,
+    Policy,
+    Processes,
+    Prompts,
+    Reward,
+    SoundReward,
+    StatefulReward,
+    ToldReward,
+)
 
 
 @dataclass(frozen=True)
@@ -64,9 +78,20 @@ def short_name(name: str) -> str:
     return name.rpartition(":")[2]
 
 
+def name_of(reward: Any) -> str:
+    """What a reward object is called in logs: its function's or its class's name."""
+    function = reward.function if isinstance(reward, FunctionReward) else reward
+    return "compose" if isinstance(reward, ComposedReward) else getattr(function, "__name__", type(function).__name__)
+
+
+def judged(reward: Reward) -> Modality | None:
+    """What a reward judges; None where somebody else is to say so, and has not yet."""
+    return None if isinstance(reward, ToldReward) and not reward.told else reward.modality
+
+
 def check_modality(reward: Reward, name: str, made: Modality) -> None:
-    """Raise InputError where a reward judges other media than are made."""
-    if reward.modality != made:
+    """Raise InputError where a reward judges other media than are made; one that is still to be told what it judges passes."""
+    if judged(reward) not in (None, made):
         what = {"image": "pictures", "audio": "sound"}
         plain = isinstance(reward, FunctionReward) and made == "audio"
         mend = ' Declare it: @diffalign.reward(differentiable=..., modality="audio", sample_rate=16000).' if plain else ""
@@ -91,16 +116,21 @@ def as_heard(reward: Reward, media: Tensor, prompts: Prompts) -> tuple[Tensor, P
 class CheckedReward:
     """A reward whose every answer is checked and counted. Same call; `queries` is the number of media it has scored.
 
-    Sounds are brought to the rate that it wants.
+    Sounds are brought to the rate that it wants; those of a composition to that of each part.
 
-    `tiny`: where it has weights, it is opened as its twin with tiny random ones. Raises InputError where the reward fails, or its
-    answer is no finite float tensor of shape (B,).
+    `tiny`: where it has weights, it is opened as its twin with tiny random ones. `learners`: in a training, the processes whose scores a
+    reward with state learns from after a round; elsewhere None, and its state stays. `noted`: the raw scores of a composition's parts, by
+    part, one tensor a call, where someone wants them. Raises InputError where the reward fails, or its answer is no finite float tensor of
+    shape (B,).
     """
 
     reward: Reward
     name: str
     queries: int = 0
     tiny: bool = False
+    learners: Processes | None = None
+    noted: dict[str, list[Tensor]] | None = None
+    seen: list[Tensor] = field(default_factory=list[Tensor])  # of this round, of all learners
 
     @property
     def differentiable(self) -> bool:
@@ -132,7 +162,7 @@ class CheckedReward:
             try:
                 heard, asked = as_heard(self.reward, media if self.differentiable else media.detach(), prompts)
                 # a copy: a reward that writes in place must not change what the next one sees
-                scores: Any = self.reward(heard.clone(), asked)
+                scores: Any = self._scores(heard.clone(), asked)
             except InputError:
                 raise
             except (Exception, SystemExit) as error:
@@ -148,8 +178,51 @@ class CheckedReward:
         if not scores.isfinite().all():
             bad = [f"{prompts.text[i]!r}: {scores[i].item()}" for i in (~scores.isfinite()).nonzero().flatten().tolist()]
             raise InputError(f"The reward {self.name} returned scores that are no numbers. The samples: {'; '.join(bad[:4])}.")
+        if self.learners is not None and isinstance(self.reward, StatefulReward) and not isinstance(self.reward, ComposedReward):
+            self.seen.append(everyone(scores.detach(), self.learners, len(scores)))
         self.queries += len(scores)
         return scores
+
+    def _scores(self, media: Tensor, prompts: Prompts) -> Any:
+        """The reward's own answer; of a composition's parts what is noted and learned."""
+        reward = self.reward
+        if not isinstance(reward, ComposedReward):
+            return reward(media, prompts)
+        raw = reward.measure(media, prompts)
+        if self.noted is not None:
+            for name, scores in raw.items():
+                self.noted.setdefault(name, []).append(scores.detach().cpu())
+        if self.learners is not None and reward.learns:
+            self.seen.append(everyone(torch.stack([scores.detach() for scores in raw.values()], 1), self.learners, len(prompts)))
+            if reward.waits:
+                reward.presume(self.seen[-1])
+        return reward.total(raw)
+
+    def end_round(self) -> None:
+        """A reward with state learns from what it has scored since the last time."""
+        if isinstance(self.reward, StatefulReward) and self.seen:
+            self.reward.learn(torch.cat(self.seen))
+        self.seen = []
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """While the block runs a reward with state works as in a training's first round, in this process alone, and forgets it again."""
+        before, state = self.learners, self.reward.state() if isinstance(self.reward, StatefulReward) else None
+        self.learners = ALONE
+        try:
+            yield
+        finally:
+            self.learners, self.seen = before, []
+            if isinstance(self.reward, StatefulReward) and state is not None:
+                self.reward.restore(state)
+
+    def check_settled(self, what: str) -> None:
+        """Raise InputError where `what`, which is no training, would need statistics that only a training has."""
+        if isinstance(self.reward, ComposedReward) and self.reward.waits:
+            raise InputError(
+                f"{self.name}: a part is normalised by running statistics, which begin with a training, and {what}: give normalise fixed "
+                "with mean and std, or none."
+            )
 
 
 def check_gradient(reward: Reward, name: str, policy: Policy, prompts: Prompts) -> None:
@@ -161,7 +234,9 @@ def check_gradient(reward: Reward, name: str, policy: Policy, prompts: Prompts) 
         media = policy.decode(policy.prior(policy.encode(prompts), torch.Generator().manual_seed(0)))
     media = media.detach().requires_grad_(True)
     with torch.enable_grad():
-        total = CheckedReward(reward, name)(media, prompts).sum()
+        checked = CheckedReward(reward, name)
+        with checked.rehearsal():
+            total = checked(media, prompts).sum()
         gradient = torch.autograd.grad(total, media, allow_unused=True)[0] if total.requires_grad else None
     cause = "none arrives" if gradient is None else "it is zero everywhere" if not gradient.any() else ""
     if gradient is not None and not gradient.isfinite().all():

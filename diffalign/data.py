@@ -1,22 +1,32 @@
-"""Prompts, some of them about a picture or with a transcript: where they come from, and the order in which a run sees them."""
+"""Prompts, some of them about a picture or with a transcript: where they come from, and the batches that a policy takes."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Generator
 
-from diffalign.cache import digest
 from diffalign.errors import InputError
 from diffalign.media import data_uri, decode_image, fit, from_data_uri
 from diffalign.registry import MODELS, PROMPTS
 from diffalign.types import PicturePolicy, Policy, PromptField, Prompts, SoundPolicy
+
+Metadata = tuple[tuple[str, str | int | float | bool], ...]  # names and values, in their order
+
+
+@dataclass(frozen=True)
+class TextPrompt:
+    """A text, and what is known of it, which a composed reward's parts may ask for. Of a list all prompts have metadata, or none has."""
+
+    text: str
+    metadata: Metadata = ()
 
 
 @dataclass(frozen=True)
@@ -26,13 +36,17 @@ class PicturePrompt:
     text: str
     picture: Path | bytes
     mask: Path | bytes | None = None
+    metadata: Metadata | None = None
 
     def open(self) -> Image.Image:
         """The picture in RGB; raises InputError where it is missing or damaged."""
         return _opened(self.picture, self.text, "picture")
 
     def open_both(self) -> tuple[Image.Image, Image.Image | None]:
-        """The picture, and the mask in grey, white where the picture is to be filled; raises InputError also where their sizes differ."""
+        """The picture, and the mask in grey, white where the picture is to be filled.
+
+        Raises InputError also where their sizes differ, and where nothing is to be filled.
+        """
         picture = self.open()
         if self.mask is None:
             return picture, None
@@ -40,6 +54,10 @@ class PicturePrompt:
         if mask.size != picture.size:
             sizes = f"{mask.width} x {mask.height}, and the picture {picture.width} x {picture.height}"
             raise InputError(f"The mask of '{self.text}' is {sizes}: they must be of one size, so that one knows what is masked.")
+        lightest = int(np.asarray(mask).max())
+        if lightest < 128:
+            values = "its values are 0 and 1, and white is 255: multiply them by 255" if lightest == 1 else "white says where to fill"
+            raise InputError(f"The mask of '{self.text}' is black all over, so that nothing is filled: {values}.")
         return picture, mask
 
 
@@ -59,9 +77,10 @@ class SpokenPrompt:
 
     text: str
     transcript: str
+    metadata: Metadata | None = None
 
 
-Prompt = str | PicturePrompt | SpokenPrompt
+Prompt = str | TextPrompt | PicturePrompt | SpokenPrompt
 
 
 def text_of(prompt: Prompt) -> str:
@@ -75,20 +94,40 @@ def caption_of(prompt: Prompt) -> str:
     return f'{prompt.text}: "{prompt.transcript}"' if prompt.text else f'"{prompt.transcript}"'
 
 
+def known_as(prompt: Prompt) -> str:
+    """What tells prompts apart, but for their pictures and metadata."""
+    return f"{prompt.text}\0{prompt.transcript}" if isinstance(prompt, SpokenPrompt) else text_of(prompt)
+
+
+def without_pictures(prompts: Sequence[Prompt]) -> Prompts:
+    """The texts of prompts, and their metadata where they have some."""
+    metadata = [None if isinstance(prompt, str) else prompt.metadata for prompt in prompts]
+    known = tuple(dict(values or ()) for values in metadata)
+    return Prompts(tuple(map(text_of, prompts)), metadata=None if all(values is None for values in metadata) else known)
+
+
+def _alike(prompts: list[Prompt]) -> list[Prompt]:
+    """The prompts; where one has metadata the others have empty ones, so that all batches have the same fields."""
+    if all(isinstance(prompt, str) or prompt.metadata is None for prompt in prompts):
+        return prompts
+    tagged = [TextPrompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    return [replace(prompt, metadata=()) if prompt.metadata is None else prompt for prompt in tagged]
+
+
 def batch_of(prompts: Sequence[Prompt], policy: Policy | None = None) -> Prompts:
     """Prompts as `policy` takes them, pictures and masks scaled and cut to its size; texts alone where there is no policy yet.
 
     Raises InputError as `check_pictures` does, and for a picture that is missing or damaged.
     """
     pictures, said = check_pictures(prompts, policy), check_transcripts(prompts, policy)
-    texts = tuple(map(text_of, prompts))
+    texts = without_pictures(prompts)
     if not pictures or not isinstance(policy, PicturePolicy):
-        return Prompts(texts, transcript=tuple(said) or None, sample_rate=rate_of(policy))
+        return replace(texts, transcript=tuple(said) or None, sample_rate=rate_of(policy))
     opened, size = [prompt.open_both() for prompt in pictures], (policy.height, policy.width)
     images = torch.stack([fit(picture, *size) for picture, _ in opened])
     # scaled and cut as its picture is, then 1 where it is more white than black
     masks = [(fit(mask.convert("RGB"), *size)[:1] >= 0.5).float() for _, mask in opened if mask is not None]
-    return Prompts(texts, images, torch.stack(masks) if masks else None)
+    return replace(texts, image=images, mask=torch.stack(masks) if masks else None)
 
 
 def takes(policy: Policy | None) -> tuple[PromptField, ...]:
@@ -167,8 +206,8 @@ def check_pictures(prompts: Sequence[Prompt], policy: Policy | None) -> list[Pic
 
 def read_prompts(source: str, part: str = "train") -> list[Prompt]:
     """Prompts from a file (.txt: one a line; .jsonl: the keys 'prompt' and, where the pipeline takes them, 'image' and 'mask', or
-    'transcript', beside which the prompt may be missing; .json: a list of texts or of such objects), the name of a list or of an embedded
-    model, or `hf:user/dataset/path/in/it.txt`.
+    'transcript', beside which the prompt may be missing, and 'metadata', an object of values that a composed reward may ask for; .json: a
+    list of texts or of such objects), the name of a list or of an embedded model, or `hf:user/dataset/path/in/it.txt`.
 
     A pipe is read like a .txt file, once. An image or a mask is a path in the file's folder, or a data: URI. `part` ('train' or 'heldout')
     picks the list of an embedded model. Raises InputError for a file that is missing, empty or no text, and for pictures that are missing
@@ -205,7 +244,7 @@ def read_file(path: Path, root: Path | None) -> list[Prompt]:
     prompts = [_of_json(line, path, i, root) if path.suffix in (".json", ".jsonl") else line for i, line in enumerate(lines, 1) if line]
     if not prompts:
         raise InputError(f"{path} holds no prompts. Give one prompt a line.")
-    return prompts
+    return _alike(prompts)
 
 
 def _listed(text: str, path: Path) -> list[str]:
@@ -224,14 +263,17 @@ def write_file(path: Path, prompts: Sequence[Prompt]) -> None:
     path.write_text("".join(json.dumps(_to_json(prompt)) + "\n" for prompt in prompts), encoding="utf-8")
 
 
-def _to_json(prompt: Prompt) -> dict[str, str]:
+def _to_json(prompt: Prompt) -> dict[str, Any]:
     if isinstance(prompt, str):
         return {"prompt": prompt}
+    known = {} if prompt.metadata is None else {"metadata": dict(prompt.metadata)}
+    if isinstance(prompt, TextPrompt):
+        return {"prompt": prompt.text, **known}
     if isinstance(prompt, SpokenPrompt):
-        return {"prompt": prompt.text, "transcript": prompt.transcript}
+        return {"prompt": prompt.text, "transcript": prompt.transcript, **known}
     files = {"image": prompt.picture} | ({} if prompt.mask is None else {"mask": prompt.mask})
     named = {name: str(file.absolute()) if isinstance(file, Path) else data_uri(file) for name, file in files.items()}
-    return {"prompt": prompt.text, **named}
+    return {"prompt": prompt.text, **named, **known}
 
 
 def _of_json(line: str, path: Path, number: int, root: Path | None) -> Prompt:
@@ -249,11 +291,20 @@ def _of_json(line: str, path: Path, number: int, root: Path | None) -> Prompt:
     image, mask = (None if values.get(key) is None else _picture(values[key], key, where, root) for key in ("image", "mask"))
     if image is None and mask is not None:
         raise InputError(f"{where}: there is a mask, and no image that it is of.")
+    metadata = None if values.get("metadata") is None else _metadata(values["metadata"], where)
     if said is not None:
         if image is not None:
             raise InputError(f"{where}: there is an image and a transcript, and no pipeline takes both.")
-        return SpokenPrompt(prompt.strip(), said.strip())
-    return prompt.strip() if image is None else PicturePrompt(prompt.strip(), image, mask)
+        return SpokenPrompt(prompt.strip(), said.strip(), metadata)
+    if image is None:
+        return prompt.strip() if metadata is None else TextPrompt(prompt.strip(), metadata)
+    return PicturePrompt(prompt.strip(), image, mask, metadata)
+
+
+def _metadata(values: Any, where: str) -> Metadata:
+    if not isinstance(values, Mapping) or not all(isinstance(value, str | int | float) for value in values.values()):
+        raise InputError(f'{where}: metadata is an object of texts and numbers, such as {{"style": "photo"}}.')
+    return tuple((str(name), value) for name, value in values.items())
 
 
 def _picture(value: Any, key: str, where: str, root: Path | None) -> Path | bytes:
@@ -286,7 +337,8 @@ def _download(name: str) -> Path:
 
 
 def check_prompts(prompts: Sequence[Any]) -> list[Prompt]:
-    """The prompts of a Python caller, texts, `(text, picture file)`, `(text, picture file, mask file)` or `SpokenPrompt(text, transcript)`.
+    """The prompts of a Python caller: texts, `TextPrompt`, `SpokenPrompt(text, transcript)`, `(text, picture file)` or
+    `(text, picture file, mask file)`.
 
     Raises InputError where there are none, one is empty, or a file cannot be used.
     """
@@ -299,7 +351,7 @@ def check_prompts(prompts: Sequence[Any]) -> list[Prompt]:
     for prompt in pairs:
         if isinstance(prompt, PicturePrompt):
             prompt.open_both()
-    return [prompt.strip() if isinstance(prompt, str) else replace(prompt, text=prompt.text.strip()) for prompt in pairs]
+    return _alike([prompt.strip() if isinstance(prompt, str) else replace(prompt, text=prompt.text.strip()) for prompt in pairs])
 
 
 def _usable(prompt: Any) -> bool:
@@ -312,7 +364,7 @@ def _of_tuple(prompt: tuple[Any, ...]) -> PicturePrompt | None:
     files = prompt[1:]
     if len(files) not in (1, 2) or not all(isinstance(file, str | Path) for file in files):
         return None
-    return PicturePrompt(prompt[0], *map(Path, files))
+    return PicturePrompt(prompt[0], Path(files[0]), Path(files[1]) if len(files) > 1 else None)
 
 
 def hold_out(prompts: Sequence[Prompt], seed: int, share: float = 0.1, most: int = 256) -> tuple[list[Prompt], list[Prompt]]:
@@ -323,68 +375,3 @@ def hold_out(prompts: Sequence[Prompt], seed: int, share: float = 0.1, most: int
     order = torch.randperm(len(distinct), generator=Generator().manual_seed(seed)).tolist()
     held = {distinct[i] for i in order[: min(most, int(len(distinct) * share))]}
     return [p for p in prompts if p not in held], [p for p in distinct if p in held]
-
-
-class Source(Protocol):
-    """What a stream reads: batches by index."""
-
-    def __len__(self) -> int: ...
-    def take(self, indices: Sequence[int]) -> Any: ...
-    def contents(self) -> str: ...  # another one where an index means another thing
-
-
-@dataclass(frozen=True)
-class PromptList:
-    """Prompts as a source of `Prompts`, for a policy."""
-
-    prompts: Sequence[Prompt]
-    policy: Policy | None = None
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def take(self, indices: Sequence[int]) -> Prompts:
-        return batch_of([self.prompts[i] for i in indices], self.policy)
-
-    def contents(self) -> str:
-        return digest(*map(known_as, self.prompts))
-
-
-def known_as(prompt: Prompt) -> str:
-    """What tells prompts apart, but for their pictures."""
-    return f"{prompt.text}\0{prompt.transcript}" if isinstance(prompt, SpokenPrompt) else text_of(prompt)
-
-
-@dataclass
-class Stream:
-    """Batches of a source without end: each epoch in a new order, drawn from the stream's own generator.
-
-    With several processes every one calls `next` and takes its own part of the same order.
-    """
-
-    source: Source
-    batch_size: int
-    rng: Generator
-    processes: int = 1
-    rank: int = 0
-    queue: list[int] = field(default_factory=list[int])
-
-    def next(self) -> Any:
-        need = self.batch_size * self.processes
-        while len(self.queue) < need:
-            self.queue += torch.randperm(len(self.source), generator=self.rng).tolist()
-        taken, self.queue = self.queue[:need], self.queue[need:]
-        return self.source.take(taken[self.rank * self.batch_size : (self.rank + 1) * self.batch_size])
-
-    def state(self) -> dict[str, Any]:
-        queue = torch.tensor(self.queue, dtype=torch.int64)
-        return {"rng": self.rng.get_state(), "queue": queue, "size": len(self.source), "contents": self.source.contents()}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a state; raises InputError where the source holds something else: its indices would mean other things."""
-        if state["size"] != len(self.source):
-            raise InputError(f"The run was made with {state['size']} prompts or examples, and now there are {len(self.source)}.")
-        if state.get("contents", self.source.contents()) != self.source.contents():
-            raise InputError("The prompts or examples are not those that the run was made with: put them back, or start a new run.")
-        self.rng.set_state(state["rng"])
-        self.queue = state["queue"].tolist()

@@ -17,6 +17,7 @@ EXTRAS = {
     "bitsandbytes": "bitsandbytes",
     "open-clip": "open_clip_torch",
     "siglip": "sentencepiece",
+    "hpsv2": "hpsv2",
 }
 
 

@@ -14,10 +14,11 @@ from torch import Generator, Tensor
 
 from diffalign import sound
 from diffalign.contract import CheckedReward
-from diffalign.data import PicturePrompt, Prompt, Source, batch_of, caption_of, text_of
+from diffalign.data import PicturePrompt, Prompt, batch_of, caption_of, text_of
 from diffalign.media import fit, grid
 from diffalign.objectives.preference import denoising_margin, wins
 from diffalign.sampling import ddim, noisy, paired_errors, rollout, transition
+from diffalign.streams import Source
 from diffalign.types import Condition, Policy
 
 
@@ -55,6 +56,20 @@ def score(reward: CheckedReward, media: Tensor, prompts: Sequence[Prompt], polic
     return torch.cat(parts).double().cpu().numpy()
 
 
+def score_parts(
+    reward: CheckedReward, media: Tensor, prompts: Sequence[Prompt], policy: Policy, *, batch_size: int
+) -> dict[str, NDArray[np.float64]]:
+    """`score` by the reward's name; of a composed reward also the raw scores of its parts that are for some of the prompts, `NAME/PART`.
+
+    NaN where a part is not for the prompt.
+    """
+    reward.noted = {}
+    found = {reward.name: score(reward, media, prompts, policy, batch_size=batch_size)}
+    parts = {f"{reward.name}/{part}": torch.cat(calls).double().numpy() for part, calls in reward.noted.items()}
+    reward.noted = None
+    return found | {name: scores for name, scores in parts.items() if not np.isnan(scores).all()}
+
+
 def compare(before: NDArray[np.float64], after: NDArray[np.float64], seed: int) -> dict[str, Any]:
     """Means, the paired difference with its 95% interval, and how often the trained model wins (a tie counts half)."""
     difference = after - before
@@ -73,16 +88,20 @@ def evaluate(
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """`(results, media before, media after)` on held-out prompts; results hold one comparison for each reward, by name.
 
+    The parts of a composed one follow it, as `NAME/PART`: their raw scores, on the `prompts` that they are for, where those are fewer.
     `suffix` is added to the trained model's prompts; the rewards do not see it.
     """
     after = sample(policy, prompts, steps=steps, seed=seed, batch_size=batch_size, suffix=suffix)
     with policy.reference():
         before = sample(policy, prompts, steps=steps, seed=seed, batch_size=batch_size)
 
-    def scores(reward: CheckedReward, media: Tensor) -> NDArray[np.float64]:
-        return score(reward, media, prompts, policy, batch_size=batch_size)
-
-    table = {reward.name: compare(scores(reward, before), scores(reward, after), seed) for reward in rewards}
+    table: dict[str, dict[str, Any]] = {}
+    for reward in rewards:
+        pairs = [score_parts(reward, media, prompts, policy, batch_size=batch_size) for media in (before, after)]
+        for name in pairs[0]:
+            old, new = (scores[name] for scores in pairs)
+            known = ~np.isnan(old)
+            table[name] = compare(old[known], new[known], seed) | ({} if known.all() else {"prompts": int(known.sum())})
     return {"prompts": len(prompts), "denoising_steps": steps, "seed": seed, "rewards": table}, before, after
 
 

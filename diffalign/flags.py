@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +18,24 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from diffalign.errors import InputError, nearest
 
-GROUPS = ("method", "reward", "lora")  # of settings, each with names of its own
+GROUPS = ("method", "reward", "lora", "guard")  # of settings, each with names of its own
 MEANT_EMPTY = ("negative_prompt",)  # another thing than none
-LISTS = ("--eval_rewards", "--log", "--lora.target_modules", "--betas", "--original_size", "--crops_coords_top_left", "--target_size")
+COMPOSE = "compose"  # the reward that several make
+LISTS = (
+    *("--eval_rewards", "--guard.rewards", "--log", "--lora.target_modules", "--betas", "--original_size", "--crops_coords_top_left"),
+    *("--target_size", "--method.window_range", "--aspects"),
+)
 SWITCHES = (
     *("--full", "--fsdp", "--tiny", "--gradient_checkpointing", "--channels_last", "--compile", "--offload", "--trajectories"),
     *("--method.checkpointing", "--method.reference_free", "--method.same_noise"),
+    "--train_text",
 )
 
 
 def normal(arguments: list[str]) -> list[str]:
     """Flags as the parser knows them: `--batch-size` is batch_size, `--method NAME` method.name, a bare `--full` true.
 
-    The words after a flag that takes several become a list: `--log tensorboard wandb`.
+    The words after a flag that takes several become a list: `--log tensorboard wandb`; several rewards are the parts of one.
     """
     normal: list[str] = []
     waiting = list(arguments)
@@ -39,11 +46,17 @@ def normal(arguments: list[str]) -> list[str]:
             continue
         flag, equals, value = argument.partition("=")
         flag = "--" + flag[2:].replace("-", "_")
-        flag = {"--method": "--method.name", "--reward": "--reward.name"}.get(flag, flag)
-        if flag in LISTS:
+        flag = {"--method": "--method.name", "--reward": "--reward.name", "--guard": "--guard.rewards"}.get(flag, flag)
+        names = list(takewhile(lambda word: not word.startswith("--"), waiting)) if flag == "--reward.name" and not equals else []
+        if len(names) > 1:
+            del waiting[: len(names)]
+            normal += [f"{flag}={COMPOSE}", f"--reward.parts={json.dumps(names)}"]
+        elif flag in LISTS or (flag == "--reward.weights" and is_number(value if equals else waiting[0] if waiting else "")):
             words = [value] if equals else []
             while not equals and waiting and not waiting[0].startswith("--"):
                 words.append(waiting.pop(0))
+            if not words and flag == "--guard.rewards":
+                raise InputError("guard is empty: name the rewards to watch, or leave it out.")
             whole = len(words) == 1 and words[0].startswith(("[", "null"))
             normal.append(f"{flag}={words[0] if whole else '[' + ', '.join(words) + ']'}")
         elif flag in SWITCHES and not equals and (not waiting or waiting[0].startswith("-")):
@@ -51,6 +64,15 @@ def normal(arguments: list[str]) -> list[str]:
         else:
             normal.append(flag + equals + value)
     return normal
+
+
+def is_number(word: str) -> bool:
+    """Whether it is the weight of a part, and not a field of a reward of one's own, such as its file."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def value_of(arguments: list[str], flag: str) -> str | None:
@@ -65,12 +87,15 @@ def value_of(arguments: list[str], flag: str) -> str | None:
 
 
 def help_of(parser: ArgumentParser) -> str:
-    """The parser's help with the flags as people type them: `--batch-size`, `--method NAME`, a bare `--full`."""
+    """The parser's help with the flags as people type them: `--batch-size`, `--method NAME`, a bare `--full` and its like."""
     text = re.sub(r"--(method|reward)\.name NAME", r"--\1 NAME", parser.format_help())
-    text = re.sub(r"^  --lora CONFIG .*\n", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^  --(lora|guard) CONFIG .*\n", "", text, flags=re.MULTILINE)
     text = re.sub(r", --[\w.]+\+ \w+", "", text)
+    text = re.sub(r"--guard\.rewards \[.*\]", "--guard NAME ...", text)
     text = re.sub(r"--[\w.]+", lambda m: m[0].replace("_", "-"), text)
-    return re.sub(r"--(full|fsdp|tiny) {true,false}", r"--\1", text)
+    bare = "|".join(re.escape(flag.replace("_", "-")) for flag in SWITCHES)
+    choice = " {true,false}"
+    return re.sub(rf"({bare}){choice}( +)?", lambda m: m[1] + (m[2] + " " * len(choice) if m[2] else ""), text)
 
 
 def parameters(thing: Any) -> dict[str, tuple[Any, Any, str]]:
@@ -108,8 +133,17 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def nested(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`method: draft` is short for `method: {name: draft}`; so with reward. Raises InputError where a group is no mapping."""
+    """`method: draft` is short for `method: {name: draft}`, so with reward, and a list of rewards for `{name: compose, parts: [...]}`;
+    `guard: [NAME]` is short for its rewards. Raises InputError where a group is no mapping.
+    """
+    reward = given.get("reward")
+    if isinstance(reward, list):
+        given = {**given, "reward": {"name": COMPOSE, "parts": reward}}
+    elif isinstance(reward, Mapping) and "parts" in reward:
+        given = {**given, "reward": {"name": COMPOSE, **reward}}
     short = {k: {"name": v} for k, v in given.items() if k in ("method", "reward") and not isinstance(v, Mapping)}
+    if not isinstance(guard := given.get("guard", {}), Mapping):
+        short["guard"] = {"rewards": [guard] if isinstance(guard, str) else guard}
     if not isinstance(given.get("lora", {}), Mapping):
         raise InputError(f"lora is {given['lora']!r}: give its settings, such as 'lora: {{rank: 8}}', or leave it out.")
     return {**given, **short}
@@ -144,13 +178,21 @@ def _misfit(message: str) -> str:
     """What the parser says of a value that does not fit, in our words: the setting, the value, and what would fit."""
     text = " ".join(re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).split())
     found = re.fullmatch(r'Parser key "([\w.]+)": (.*?)\.? (?:Given value type: \S+ Given value|Got value): (.*)', text)
+    within = re.fullmatch(r'Parser key "([\w.]+)": .*?(Expected .*?)\. Got value: (.*?) - .* Given value: (.*)', text)
+    if within is not None:  # one of the list's: what fits in its place, rather than in the whole list's
+        name, expected, one, value = within.groups()
+        return f"{name} is {value}, and of that {one} does not fit: give {_fitting(expected)}."
     if found is None:
         text = re.sub(r'Parser key "([\w.]+)"', r"\1", text).rstrip(".")
         return re.sub(r"--[\w.]+", lambda m: m[0].replace("_", "-"), f"{text}.")
     name, expected, value = found.groups()
+    return f"{name} is {value}: give {_fitting(expected)}."
+
+
+def _fitting(expected: str) -> str:
     kinds = re.findall(r"Expected (?:an? )?(\w+)( with \d+ elements)?", expected)
     fitting = [KINDS.get(kind, kind) + size for kind, size in kinds if kind != "typing"] + re.findall(r"'([^']+)'", expected)
-    return f"{name} is {value}: give {' or '.join(dict.fromkeys(fitting))}."
+    return " or ".join(dict.fromkeys(fitting))
 
 
 def refuse_empty(values: Mapping[str, Any], thing: Any, prefix: str = "") -> None:

@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from diffalign import examples, registry, tiny
+from diffalign import examples, tiny
+from diffalign.composing import make_reward
 from diffalign.config import Plan
 from diffalign.console import say
-from diffalign.contract import CheckedReward, as_reward, check_gradient, check_modality, short_name
-from diffalign.data import Prompt, batch_of, hold_out, read_prompts, takes
+from diffalign.contract import CheckedReward, check_gradient, check_modality, short_name
+from diffalign.data import Prompt, batch_of, hold_out, read_prompts, takes, without_pictures
 from diffalign.errors import InputError
 from diffalign.examples import ExampleSet
 from diffalign.models import adapter_of, class_of
 from diffalign.settings import Settings
-from diffalign.types import Modality
+from diffalign.types import ComposedReward, Modality
 
 Data = tuple[ExampleSet, ExampleSet] | None  # training and held-out examples
 
@@ -96,8 +97,9 @@ def check_media(plan: Plan, made: Modality | None) -> None:
     if wanted not in (None, made):
         raise InputError(f"{plan.method_name} is for {wanted}, and this pipeline makes {made}.")
     rewards = [plan.reward] if plan.reward is not None else []
-    for reward in (*rewards, *_made(plan.settings.eval_rewards or [])):
-        check_modality(reward.reward, reward.name, made)
+    check_judges([*rewards, *_made(plan.settings.eval_rewards or [])], made)
+    for reward in _made(plan.settings.guard.rewards):
+        check_modality(reward.reward, f"guard: {reward.name}", made)
 
 
 def eval_rewards(plan: Plan) -> list[CheckedReward]:
@@ -117,25 +119,36 @@ def named_rewards(
     Raises InputError where one judges other media than are `made`, before any is opened.
     """
     rewards = _made(names, fields, dry=dry)
-    if made is not None:
-        for reward in rewards:
-            check_modality(reward.reward, reward.name, made)
+    check_judges(rewards, made)
     for reward in rewards:
         reward.open()
+    check_judges(rewards, made)  # again: some know only now what they judge
     return rewards
 
 
 def _made(names: Sequence[str], fields: Mapping[str, Any] | None = None, *, dry: bool = False) -> list[CheckedReward]:
-    found = [(name, *registry.find("rewards", name)) for name in dict.fromkeys(names)]
-    return [
-        CheckedReward(as_reward(thing(**{**preset, **(fields or {})}) if isinstance(thing, type) else thing), short_name(name), tiny=dry)
-        for name, thing, preset in found
-    ]
+    return [CheckedReward(make_reward(name, fields or {})[0], short_name(name), tiny=dry) for name in dict.fromkeys(names)]
+
+
+def check_judges(rewards: Sequence[CheckedReward], made: Modality | None) -> None:
+    """Raise InputError where one of the rewards judges other media than are made; None: nobody knows yet what those are."""
+    if made is not None:
+        for reward in rewards:
+            check_modality(reward.reward, reward.name, made)
+
+
+def check_parts(plan: Plan, prompts: Sequence[Prompt] | None, held: Sequence[Prompt] | None = None) -> None:
+    """Raise InputError where no part of a composed reward is for one of the prompts, or one is for none that it is trained on."""
+    if plan.reward is not None and isinstance(plan.reward.reward, ComposedReward):
+        if prompts:
+            plan.reward.reward.check(without_pictures(prompts), whole=True)
+        plan.reward.reward.check(without_pictures(held or ()))
 
 
 def check_reward(plan: Plan, policy: Any, prompts: list[Prompt]) -> None:
     if plan.reward is None:
         return
+    check_parts(plan, prompts)
     check_modality(plan.reward.reward, plan.reward.name, policy.modality)
     if plan.method.needs.differentiable_reward:
         check_gradient(plan.reward.reward, plan.reward.name, policy, batch_of(prompts[:2], policy))

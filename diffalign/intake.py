@@ -14,10 +14,10 @@ from torch import Generator, Tensor
 
 from diffalign import sound, trajectories
 from diffalign.cache import Shelf, digest
+from diffalign.columns import Picture
 from diffalign.contract import CheckedReward
 from diffalign.data import Prompt, SpokenPrompt, batch_of, rate_of, takes
 from diffalign.errors import InputError
-from diffalign.layouts import Picture
 from diffalign.media import decode_image, fit
 from diffalign.records import Fault, Tally
 from diffalign.types import Policy, Taken
@@ -223,7 +223,9 @@ def device_of(policy: Policy) -> torch.device:
 
 
 def decoded(data: bytes, name: str) -> Image.Image:
-    """The picture in these bytes; Fault where there is none, or a damaged one."""
+    """The picture in these bytes; Fault where there is none, or a damaged one, InputError where the data is of sounds."""
+    if sound.is_wav(data):
+        raise InputError(f"{name} is a sound, and what is asked for here looks at pictures: give data of pictures.")
     try:
         return decode_image(data, name)
     except InputError as error:

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
-from diffalign import records
+from diffalign import columns, records
+from diffalign.columns import Picture
 from diffalign.errors import InputError
-from diffalign.media import from_data_uri
 from diffalign.records import Fault, Record, Tally
 from diffalign.registry import MODELS
 from diffalign.types import Data
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture, or a sound, that is not read yet: a file, or the bytes of a row; `name` is what messages call it."""
-
-    name: str
-    path: Path | None = None
-    data: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -41,9 +32,9 @@ class Row:
     source: Picture | None = None
     mask: Picture | None = None
     transcript: str | None = None
+    ratings: Mapping[str, float] | None = field(default=None, kw_only=True)  # of a single picture, by aspect
 
 
-SINGLE = "prompts with a single picture"
 Parse = Callable[[Iterable[Record], Tally], Iterator[Row]]
 
 
@@ -113,68 +104,69 @@ def _each(parse: Callable[[Record], Row]) -> Parse:
 
 
 def _pair(record: Record) -> Row:
-    pictures = tuple(_picture(record, key) for key in ("chosen", "rejected"))
-    scores = _scores(record, "chosen_score", "rejected_score")
+    pictures = tuple(columns.picture(record, key) for key in ("chosen", "rejected"))
+    scores = columns.scores(record, "chosen_score", "rejected_score")
     if scores is not None and scores[0] < scores[1]:
-        raise _contradiction(record, f"chosen_score {scores[0]:g} is below rejected_score {scores[1]:g}")
-    return Row(record.where, _prompt(record), pictures, scores or (1.0, 0.0), scores, *_about(record))
+        raise columns.contradiction(record, f"chosen_score {scores[0]:g} is below rejected_score {scores[1]:g}")
+    return Row(record.where, columns.prompt(record), pictures, scores or (1.0, 0.0), scores, *_about(record))
 
 
 def _ranked(record: Record) -> Row:
     """`images`, or `sounds`, best first. Equal scores are a tie; without scores the order alone counts."""
-    key = _present(record, "images", "sounds")
-    names = _list(record, key)
-    pictures = tuple(_picture(record, key, value) for value in names)
+    key = columns.present(record, "images", "sounds")
+    names = columns.several(record, key)
+    pictures = tuple(columns.picture(record, key, value) for value in names)
     if record.values.get("scores") is None:
-        return Row(record.where, _prompt(record), pictures, tuple(-float(i) for i in range(len(pictures))), None, *_about(record))
-    scores = _numbers(record, "scores", len(pictures))
+        return Row(record.where, columns.prompt(record), pictures, tuple(-float(i) for i in range(len(pictures))), None, *_about(record))
+    scores = columns.numbers(record, "scores", len(pictures))
     if any(after > before for before, after in itertools.pairwise(scores)):
-        raise _contradiction(record, f"{key} stand best first, and scores do not fall")
-    return Row(record.where, _prompt(record), pictures, scores, scores, *_about(record))
+        raise columns.contradiction(record, f"{key} stand best first, and scores do not fall")
+    return Row(record.where, columns.prompt(record), pictures, scores, scores, *_about(record))
 
 
 def _about(record: Record) -> tuple[Picture | None, Picture | None, str | None]:
     """The picture and the mask that the prompt of a row is about, and its transcript, under the keys that prompt files have: each may be
     missing."""
-    picture, mask = (None if record.values.get(key) is None else _picture(record, key) for key in ("image", "mask"))
+    picture, mask = (None if record.values.get(key) is None else columns.picture(record, key) for key in ("image", "mask"))
     if picture is None and mask is not None:
         raise InputError(f"{record.where}: there is a mask, and no image that it is of.")
     return picture, mask, _transcript(record)
 
 
 def _transcript(record: Record) -> str | None:
-    return None if record.values.get("transcript") is None else _text(record, "transcript")
+    return None if record.values.get("transcript") is None else columns.text(record, "transcript")
 
 
 def _pick_a_pic(record: Record) -> Row:
     """arXiv 2305.01569: label_0 and label_1 are 1 and 0, or 0.5 each for a tie."""
     if record.values.get("has_label") is False or any(record.values.get(key) is None for key in ("label_0", "label_1")):
         raise Fault("rows without a label")
-    labels = tuple(_number(record, key) for key in ("label_0", "label_1"))
+    labels = tuple(columns.number(record, key) for key in ("label_0", "label_1"))
     if not set(labels) <= {0.0, 0.5, 1.0} or sum(labels) != 1:
-        raise _contradiction(record, f"label_0 is {labels[0]:g} and label_1 is {labels[1]:g}; they are 1 and 0, or 0.5 each")
+        raise columns.contradiction(record, f"label_0 is {labels[0]:g} and label_1 is {labels[1]:g}; they are 1 and 0, or 0.5 each")
     if labels[0] == labels[1]:
         raise Fault("ties")
-    return Row(record.where, _prompt(record), tuple(_picture(record, key) for key in ("jpg_0", "jpg_1")), labels)
+    return Row(record.where, columns.prompt(record), tuple(columns.picture(record, key) for key in ("jpg_0", "jpg_1")), labels)
 
 
 def _preferred(record: Record) -> Row:
     """HPDv2's train.json (arXiv 2306.09341): human_preference is 1 at the picture that was preferred."""
-    key = _present(record, "image_path", "file_path")
-    names = _list(record, key)
-    labels = _numbers(record, "human_preference", len(names))
+    key = columns.present(record, "image_path", "file_path")
+    names = columns.several(record, key)
+    labels = columns.numbers(record, "human_preference", len(names))
     if not set(labels) <= {0.0, 1.0} or sum(labels) != 1:
-        raise _contradiction(record, f"human_preference is {[int(v) for v in labels]}; one of them is 1, the others 0")
-    return Row(record.where, _prompt(record), tuple(_picture(record, key, name, record.stem, "images") for name in names), labels)
+        raise columns.contradiction(record, f"human_preference is {[int(v) for v in labels]}; one of them is 1, the others 0")
+    pictures = tuple(columns.picture(record, key, name, record.stem, "images") for name in names)
+    return Row(record.where, columns.prompt(record), pictures, labels)
 
 
 def _by_rank(record: Record) -> Row:
     """HPDv2's test.json, and the JSON files that ImageReward trains on: 1 (or the lowest) is the best rank."""
-    key = _present(record, "image_path", "file_path", "generations")
-    names = _list(record, key)
-    ranks = _numbers(record, _present(record, "rank", "ranking"), len(names))
-    pictures = tuple(_picture(record, key, name, record.stem, "images") for name in names)
-    return Row(record.where, _prompt(record), pictures, tuple(-rank for rank in ranks))
+    key = columns.present(record, "image_path", "file_path", "generations")
+    names = columns.several(record, key)
+    ranks = columns.numbers(record, columns.present(record, "rank", "ranking"), len(names))
+    pictures = tuple(columns.picture(record, key, name, record.stem, "images") for name in names)
+    return Row(record.where, columns.prompt(record), pictures, tuple(-rank for rank in ranks))
 
 
 def _image_reward(stream: Iterable[Record], tally: Tally) -> Iterator[Row]:
@@ -186,7 +178,7 @@ def _image_reward(stream: Iterable[Record], tally: Tally) -> Iterator[Row]:
     done: set[str] = set()
     for record in stream:
         try:
-            identity, rated = str(record.values[_present(record, "prompt_id")]), _rated(record)
+            identity, rated = str(record.values[columns.present(record, "prompt_id")]), _rated(record)
         except Fault as fault:
             tally.note(fault)
             continue
@@ -209,17 +201,17 @@ class Rated(NamedTuple):
 
 
 def _rated(record: Record) -> Rated:
-    key = _present(record, "image_path", "image")
-    given = {name: _number(record, name) for name in ("rank", "overall_rating") if record.values.get(name) is not None}
+    key = columns.present(record, "image_path", "image")
+    given = {name: columns.number(record, name) for name in ("rank", "overall_rating") if record.values.get(name) is not None}
     if not given:
         raise Fault("rows without a label")
-    return Rated(Row(record.where, _prompt(record), (_picture(record, key),)), given.get("rank"), given.get("overall_rating"))
+    return Rated(Row(record.where, columns.prompt(record), (columns.picture(record, key),)), given.get("rank"), given.get("overall_rating"))
 
 
 def _together(groups: Mapping[str, Sequence[Rated]], tally: Tally) -> Iterator[Row]:
     for group in groups.values():
         if len(group) == 1:
-            tally.note(Fault(SINGLE))
+            tally.note(Fault(columns.SINGLE))
             continue
         first = group[0].row
         merits = [-each.rank for each in group if each.rank is not None]
@@ -233,132 +225,52 @@ def _together(groups: Mapping[str, Sequence[Rated]], tally: Tally) -> Iterator[R
 
 
 def _labelled(record: Record) -> Row:
-    label = record.values[_present(record, "label")]
+    label = record.values[columns.present(record, "label")]
     if not isinstance(label, bool | int | float) or label not in (0, 1, -1):
         raise InputError(f"{record.where}: the label is {label!r}: give true or false (or 1 and 0, or 1 and -1).")
-    medium = _picture(record, _present(record, "image", "audio"))
-    return Row(record.where, _prompt(record), (medium,), (float(label),), _scores(record, "score"), transcript=_transcript(record))
+    medium = columns.picture(record, columns.present(record, "image", "audio"))
+    asked, scores = columns.prompt(record), columns.scores(record, "score")
+    return Row(record.where, asked, (medium,), (float(label),), scores, transcript=_transcript(record))
+
+
+def _rated_aspects(record: Record) -> Row:
+    """`ratings` are numbers by aspect. An aspect may be missing, or null; without any the row says nothing."""
+    values = record.values[columns.present(record, "ratings")]
+    if not isinstance(values, dict):
+        raise InputError(f'{record.where}: ratings are {values!r}: give numbers by aspect, such as {{"colour": 4}}.')
+    for name, value in values.items():
+        if value is not None and not columns.is_number(value):
+            raise InputError(f"{record.where}: the rating of '{name}' is {value!r}: give a number, or leave it out.")
+    return _with_ratings(record, "image", {str(name): float(value) for name, value in values.items() if value is not None})
+
+
+def _rated_by_columns(record: Record) -> Row:
+    """ImageRewardDB: a column an aspect."""
+    given = {name.removesuffix("_rating"): columns.number(record, name) for name in _RATINGS if record.values.get(name) is not None}
+    return _with_ratings(record, columns.present(record, "image_path", "image"), given)
+
+
+def _with_ratings(record: Record, key: str, ratings: Mapping[str, float]) -> Row:
+    if not ratings:
+        raise Fault("rows without a rating")
+    return Row(record.where, columns.prompt(record), (columns.picture(record, key),), ratings=ratings)
 
 
 def _captioned(record: Record) -> Row:
-    key = _present(record, "image", "audio", "file_name")
-    return Row(record.where, _prompt(record), (_picture(record, key),), None, _scores(record, "score"), transcript=_transcript(record))
+    medium = columns.picture(record, columns.present(record, "image", "audio", "file_name"))
+    asked, scores = columns.prompt(record), columns.scores(record, "score")
+    return Row(record.where, asked, (medium,), None, scores, transcript=_transcript(record))
 
 
 def _edited(record: Record) -> Row:
     """`edited` is the answer to `instruction` about `source`; the keys of InstructPix2Pix's data sets mean the same."""
-    instruction, source, edited = (_present(record, *names.split("|")) for names in (_INSTRUCTION, _SOURCE, _EDITED))
-    return Row(
-        record.where, _text(record, instruction), (_picture(record, edited),), None, _scores(record, "score"), _picture(record, source)
-    )
-
-
-def _present(record: Record, *names: str) -> str:
-    for name in names:
-        if name in record.values:
-            return name
-    raise InputError(f"{record.where}: the key {' or '.join(names)} is missing. It holds {', '.join(record.values)}.")
-
-
-def _prompt(record: Record) -> str:
-    if record.values.get("transcript") is not None and not any(record.values.get(key) for key in ("prompt", "caption", "text")):
-        return ""
-    return _text(record, _present(record, "prompt", "caption", "text"))
-
-
-def _text(record: Record, key: str) -> str:
-    text = record.values[key]
-    if not isinstance(text, str | None):
-        raise InputError(f"{record.where}: {key} is no text.")
-    if not text or not text.strip():
-        raise Fault("empty prompts", f"{record.where}: {key} is empty.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a character
-        raise InputError(f"{record.where}: {key} is no text ({error.reason}).") from error
-    return text.strip()
-
-
-def _number(record: Record, key: str) -> float:
-    value = record.values[_present(record, key)]
-    if not _is_number(value):
-        raise InputError(f"{record.where}: {key} is {value!r}: give a number.")
-    return float(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) < 1e300  # no NaN, no infinity, and what float() takes
-
-
-def _scores(record: Record, *keys: str) -> tuple[float, ...] | None:
-    """Numbers that a row may have: all of them, or none."""
-    if all(record.values.get(key) is None for key in keys):
-        return None
-    return tuple(_number(record, key) for key in keys)
-
-
-def _list(record: Record, key: str) -> list[Any]:
-    value = record.values[_present(record, key)]
-    if not isinstance(value, list):
-        raise InputError(f"{record.where}: {key} is no list of two or more pictures.")
-    if len(value) < 2:
-        raise Fault(SINGLE)
-    return value
-
-
-def _numbers(record: Record, key: str, count: int) -> tuple[float, ...]:
-    value = record.values[_present(record, key)]
-    if not isinstance(value, list) or not all(map(_is_number, value)):
-        raise InputError(f"{record.where}: {key} is no list of numbers.")
-    if len(value) != count:
-        raise _contradiction(record, f"{key} has {len(value)} numbers for {count} pictures")
-    return tuple(float(v) for v in value)
-
-
-def _contradiction(record: Record, what: str) -> Fault:
-    return Fault("rows whose labels contradict", f"{record.where}: the labels contradict: {what}.")
-
-
-def _picture(record: Record, key: str, value: Any = None, *folders: str) -> Picture:
-    """The picture of a row: bytes, or a path in the record's folder (or in one of `folders` in it, the first that has it)."""
-    value = record.values[_present(record, key)] if value is None else value
-    if isinstance(value, dict):  # an Image or Audio column of the package datasets
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes):
-        return Picture(f"{record.where} ({key})", data=value)
-    if value is None or value == "":
-        raise Fault("missing pictures", f"{record.where}: {key} holds no picture.")
-    if not isinstance(value, str):
-        raise InputError(f"{record.where}: {key} is no picture: give its path in the folder.")
-    if value.startswith("data:"):
-        try:
-            return Picture(f"{record.where} ({key})", data=from_data_uri(value))
-        except InputError as error:
-            raise Fault("pictures that cannot be read", f"{record.where}: {key}: {error}") from error
-    if record.root is None:
-        raise InputError(f"{record.where}: {key} is a path, and a stream has no files. Download the data set, and give its folder.")
-    paths = [_inside(record, record.root / folder, value) for folder in (*folders, "")]
-    path = next((path for path in paths if path.is_file()), paths[0])
-    return Picture(f"{path} ({record.where})", path)
-
-
-def _inside(record: Record, folder: Path, name: str) -> Path:
-    """A path that a data file names. It must stay in the data's folder, also through links: the file may come from anyone."""
-    assert record.root is not None
-    root, path = record.root.resolve(), folder / name
-    try:
-        inside = "\0" not in name and not PurePath(name).is_absolute() and path.resolve().is_relative_to(root)
-        path.is_file()
-    except (OSError, ValueError, RuntimeError) as error:  # a name that is too long or no text, links that go in circles
-        raise InputError(f"{record.where}: {name[:100]!r} is no path.") from error
-    if not inside:
-        raise InputError(
-            f"{record.where}: the path {name!r} leads out of {record.root}, or a link on it does. Keep pictures in the folder."
-        )
-    return path
+    instruction, source, edited = (columns.present(record, *names.split("|")) for names in (_INSTRUCTION, _SOURCE, _EDITED))
+    picture, about = columns.picture(record, edited), columns.picture(record, source)
+    return Row(record.where, columns.text(record, instruction), (picture,), None, columns.scores(record, "score"), about)
 
 
 _ASKED = "prompt|caption|transcript"
+_RATINGS = ("overall_rating", "image_text_alignment_rating", "fidelity_rating")
 _HPD = "image_path|file_path"
 _BETTER = (
     Layout("pairs.jsonl", (_ASKED, "chosen", "rejected"), _each(_pair)),
@@ -375,6 +287,10 @@ LAYOUTS: dict[Data, tuple[Layout, ...]] = {
     "pairs": _BETTER,
     "trajectories": tuple(layout for layout in _BETTER if layout.name in ("pairs.jsonl", "ranks.jsonl")),
     "labels": (Layout("labels.jsonl", (_ASKED, "image|audio", "label"), _each(_labelled)), *_BETTER),
+    "ratings": (
+        Layout("labels.jsonl with ratings", ("prompt|caption", "image", "ratings"), _each(_rated_aspects)),
+        Layout("ImageRewardDB", ("prompt", "image_path|image", "overall_rating"), _each(_rated_by_columns)),
+    ),
     "pictures": (Layout("pictures.jsonl or an imagefolder", (f"{_ASKED}|text", "image|audio|file_name"), _each(_captioned)),),
     "edits": (Layout("edits.jsonl, or InstructPix2Pix's columns", (_SOURCE, _INSTRUCTION, _EDITED), _each(_edited)),),
 }
@@ -383,6 +299,7 @@ FILES: dict[Data, tuple[str, ...]] = {
     "pairs": _BETTER_FILES,
     "trajectories": ("pairs.jsonl", "ranks.jsonl"),
     "labels": ("labels.jsonl", *_BETTER_FILES),
+    "ratings": ("labels.jsonl", "metadata-train.parquet", "*.parquet"),
     "pictures": ("pictures.jsonl", "metadata.jsonl", "*.parquet"),
     "edits": ("edits.jsonl", "metadata.jsonl", "*.parquet"),
 }

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -15,14 +16,16 @@ from torch import Generator, Tensor, nn
 
 from diffalign import fsdp
 from diffalign.contract import CheckedReward
-from diffalign.data import Source, Stream
 from diffalign.errors import InputError
 from diffalign.knobs import make_optimizer
+from diffalign.peaks import peak_memory_mb
 from diffalign.processes import Accelerated, all_of, average_gradients, average_metrics
-from diffalign.run import peak_memory_mb
 from diffalign.settings import Settings
 from diffalign.shards import Shared
-from diffalign.types import Context, Loss, Method, Policy
+from diffalign.streams import Source, Stream
+from diffalign.types import Context, Loss, Method, Policy, StatefulReward
+
+STATE = "reward"  # in the context's memory: the state of a reward that has some
 
 
 @dataclass
@@ -54,6 +57,7 @@ class Training:
     examples: Stream | None = None  # of a method that trains on prompts and takes data besides
     costs: Costs = field(default_factory=Costs)
     sharded: bool = False  # each process has a part of every parameter, of its gradient and of what is kept of it
+    guard: dict[str, Any] = field(default_factory=dict[str, Any])  # what it remembers, and its best weights; nothing without a guard
 
     @property
     def device(self) -> torch.device:
@@ -71,23 +75,36 @@ class Training:
         rng = self.context.rng.get_state()
         if not all(torch.equal(rng, other) for other in all_of(rng)):
             raise InputError("The processes have drawn differently: what a method draws must not depend on a process's own samples.")
-        average = self.average and {"weights": self.average.shadow_params, "steps": self.average.optimization_step}
-        scaler = self.accelerator.scaler
-        state = {
+        state = self.state_with(self.moving())
+        return fsdp.whole(state) if self.sharded else state
+
+    def moving(self) -> dict[str, Any]:
+        """What changes without an optimiser step, as a copy: the generators, the places in the data, the method's memory, the costs."""
+        return {
             "step": self.context.step,
             "costs": asdict(self.costs),
+            "rng": self.context.rng.get_state(),
+            "stream": self.stream.position(),
+            "examples": self.examples and self.examples.position(),
+            "memory": deepcopy(self.context.memory),
+        }
+
+    def state_with(self, moving: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of a moment since which no step was taken, of which `moving` is; of this process alone."""
+        average = self.average and {"weights": self.average.shadow_params, "steps": self.average.optimization_step}
+        scaler = self.accelerator.scaler
+        return {
+            **moving,
             "parameters": self.parameters,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "average": average,
             "scaler": scaler and scaler.state_dict(),
             "batch_size": self.batch_size,
-            "rng": rng,
-            "stream": self.stream.state(),
-            "examples": self.examples and self.examples.state(),
-            "memory": self.context.memory,
+            "stream": self.stream.state(moving["stream"]),
+            "examples": self.examples and self.examples.state(moving["examples"]),
+            "guard": self.guard,
         }
-        return fsdp.whole(state) if self.sharded else state
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -95,8 +112,7 @@ class Training:
         saved = state["parameters"]
         if {n: p.shape for n, p in self.parameters.items()} != {n: p.shape for n, p in saved.items()}:
             raise InputError("The checkpoint's weights do not fit this model: was it made with another base model or LoRA?")
-        for name, parameter in self.parameters.items():
-            parameter.copy_(self._own(saved[name], parameter))
+        self.put(saved)
         self.optimizer.load_state_dict(self._own_states(state["optimizer"]))
         self.schedule.load_state_dict(state["schedule"])
         if self.average is not None:
@@ -110,7 +126,14 @@ class Training:
         if self.examples is not None:
             self.examples.restore(state["examples"])
         self.context.memory.update(state["memory"])
+        self.guard = state["guard"]
         self.context.step, self.costs = state["step"], Costs(**state["costs"])
+
+    @torch.no_grad()
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        """Put weights in the place of those that train, by their names; each is whole, or this process's part."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self._own(weights[name], parameter))
 
     def _own(self, x: Any, parameter: Tensor) -> Any:
         """What this process has of a value that is kept for a parameter: of a tensor of its shape its part, where that is shared out."""
@@ -179,6 +202,8 @@ def train(training: Training, policy: Policy, method: Method, reward: CheckedRew
     Raises InputError where a loss or gradient is not finite, or reaches no weight: before the step, so the weights are still good.
     """
     rows, networks = _updates(training, policy, method, reward, settings), _networks(policy)
+    if reward is not None:
+        _learns(reward, training.context)
     while True:
         with _counted(training, networks, reward):
             row = next(rows, None)
@@ -192,19 +217,49 @@ def _updates(training: Training, policy: Policy, method: Method, reward: Checked
     training.optimizer.zero_grad()  # what others have left there is none of this training's
     while context.step < settings.steps:
         losses = method.losses(policy, reward, training.stream.next(), context)
-        loss = next(losses, None)
+        loss = _next(losses, reward, context)
         while loss is not None:
             _backward(training, loss, settings, sums)
             marks += loss.update
             stepped = loss.update and marks % settings.accumulate == 0
             row: dict[str, float] = {}
             if stepped:
-                row = _row(training, sums, _step(training, settings))
+                step = _step(training, settings)
+                _note_parts(reward, sums)
+                row = _row(training, sums, step)
                 sums.clear()
             # Asked for only now: what comes next may depend on the step just taken, and whether anything comes says if this is a boundary.
-            loss = None if context.step == settings.steps else next(losses, None)
+            loss = _next(losses if context.step < settings.steps else iter(()), reward, context)
             if stepped:
                 yield Row(context.step, row, boundary=loss is None)
+
+
+def _learns(reward: CheckedReward, context: Context) -> None:
+    """From now on a reward with state learns from what it scores, from the checkpoint's state on where there is one."""
+    reward.learners, reward.noted = context.processes, {}
+    if isinstance(reward.reward, StatefulReward) and STATE in context.memory:
+        reward.reward.restore(context.memory[STATE])
+
+
+def _next(losses: Iterator[Loss], reward: CheckedReward | None, context: Context) -> Loss | None:
+    """The next loss; where there is none the round has ended, and a reward with state has learned from it before anything is saved."""
+    loss = next(losses, None)
+    if loss is None and reward is not None:
+        reward.end_round()
+        if isinstance(reward.reward, StatefulReward):
+            context.memory[STATE] = reward.reward.state()
+    return loss
+
+
+def _note_parts(reward: CheckedReward | None, sums: dict[str, list[float]]) -> None:
+    """The raw scores of a composed reward's parts since the last step, as `reward/PART`; of a part that was not asked nothing."""
+    if reward is None or reward.noted is None:
+        return
+    for name, calls in reward.noted.items():
+        raw = torch.cat(calls)
+        if asked := raw[~raw.isnan()].tolist():
+            sums[f"reward/{name}"] += asked
+    reward.noted.clear()
 
 
 def _networks(policy: Policy) -> set[nn.Module]:

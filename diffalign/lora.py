@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def attach(pipe: Any, component: str, lora: LoRA, target_modules: list[str], see
 
     module: Any = getattr(pipe, component)
     module.requires_grad_(False)
-    if getattr(module, "peft_config", None):
+    if getattr(module, "peft_config", None) or (lora.init is not None and any(pipe.get_list_adapters().values())):
         raise InputError("The pipeline already carries an adapter. Unload it (pipe.unload_lora_weights()), or pass it as lora.init.")
     names = lora.target_modules or target_modules
     alpha: Any = lora.rank if lora.alpha is None else lora.alpha
@@ -89,24 +89,33 @@ def _load(pipe: Any, component: str, source: str) -> None:
         return
     folder, name = (path, WEIGHTS) if path.is_dir() else (path.parent, path.name)
     try:
-        theirs = kohya.read(folder / name) if name.endswith(".safetensors") else None
+        _fill(pipe, folder / name)
+        _check_parts(pipe, component, folder / name)
+        if name.endswith(".safetensors"):
+            _check_whole(folder / name, getattr(pipe, component))
+    except InputError:
+        pipe.unload_lora_weights()  # what was loaded before it was refused: a live pipeline is the caller's
+        raise
+
+
+def _fill(pipe: Any, file: Path) -> None:
+    try:
+        theirs = kohya.read(file) if file.suffix == ".safetensors" else None
         if theirs is None:
-            pipe.load_lora_weights(str(folder), weight_name=name, adapter_name="default", local_files_only=True)
+            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="default", local_files_only=True)
         else:
             pipe.load_lora_weights(theirs, adapter_name="default")
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         more = f", and {len(lines) - 2} more lines" if len(lines) > 2 else ""
         reason = f"{' '.join(lines[:2])[:300]}{more}"
-        raise InputError(f"lora.init: {folder / name} is no LoRA that fits this pipeline ({reason}). Give one of this model.") from error
-    if name.endswith(".safetensors"):
-        _check_whole(folder / name, getattr(pipe, component))
-    others = sorted(set(pipe.get_list_adapters()) - {component})
+        raise InputError(f"lora.init: {file} is no LoRA that fits this pipeline ({reason}). Give one of this model.") from error
+
+
+def _check_parts(pipe: Any, component: str, file: Path) -> None:
+    others = sorted({name for name, held in pipe.get_list_adapters().items() if held} - {component})
     if others:
-        pipe.unload_lora_weights()
-        raise InputError(
-            f"lora.init: {folder / name} also adapts the {', '.join(others)}, which is not trained. Give one of the {component} alone."
-        )
+        raise InputError(f"lora.init: {file} also adapts the {', '.join(others)}, which is not trained. Give one of the {component} alone.")
 
 
 def _check_whole(file: Path, module: Any) -> None:
@@ -121,6 +130,12 @@ def _check_whole(file: Path, module: Any) -> None:
             f"lora.init: {file} adapts {held} layers, of which a {type(module).__name__} like this has {found}: it was made for another "
             "network. Give one of this model."
         )
+
+
+def as_loaded(lora: LoRA, module: Any) -> LoRA:
+    """The settings with rank and alpha of the LoRA that the network carries: a continued one has its file's, of several the usual one."""
+    config = getattr(module, "peft_config", {}).get("default")
+    return lora if lora.init is None or config is None else replace(lora, rank=config.r, alpha=float(config.lora_alpha))
 
 
 def load(pipe: Any, component: str, folder: Path) -> None:

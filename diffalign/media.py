@@ -18,6 +18,7 @@ from torch import Tensor
 from diffalign.errors import InputError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")  # not EPS: reading one starts another programme
+DEEP = {"F": "floating point values", "I": "32-bit values"}  # Pillow's modes
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -36,13 +37,20 @@ def read_image(path: Path) -> Tensor:
 def decode_image(data: bytes, name: str) -> Image.Image:
     """The bytes of a picture file in RGB, the right way up; raises InputError with `name` where they are no picture that can be used.
 
-    From 89 million pixels on (Pillow's warning), a picture is taken for a decompression bomb.
+    From 89 million pixels on (Pillow's warning), a picture is taken for a decompression bomb. Transparency is dropped. Pictures of other
+    than 8-bit values are refused where Pillow would cut them off at 255 without a word.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+                if file.mode[0] in "IF":
+                    raise InputError(
+                        f"{name} holds {DEEP.get(file.mode, '16-bit values')}, which have no one meaning as colours: save it in 8 bits."
+                    )
                 return ImageOps.exif_transpose(file).convert("RGB")
+        except InputError:
+            raise
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise InputError(f"{name} is too large a picture, perhaps a decompression bomb ({_said(error)}). Make it smaller.") from error
         except Exception as error:  # a damaged file may raise anything in a decoder

@@ -2,122 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import resource
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from diffalign.config import Plan
-from diffalign.data import Prompt, Source, batch_of
+from diffalign.data import Prompt, batch_of
 from diffalign.errors import InputError
 from diffalign.knobs import make_optimizer
-from diffalign.run import forget_peak, peak_memory_mb
+from diffalign.peaks import highest
+from diffalign.streams import Source
 from diffalign.types import Context, Loss
 
 GB = 1e9
 Peak = Callable[[int], float | None]  # bytes of a step of so many samples; None where they give no loss
-
-
-class Living(TorchDispatchMode):
-    """Counts the bytes of the tensors on a device, those that are there already and those that operations make, until each is freed.
-
-    What a kernel takes for itself alone is not seen, and a compiled network runs uncompiled in it.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.device, self.bytes, self.peak = device, 0, 0
-        self.storages: dict[int, weakref.ref[Any]] = {}
-        gc.collect()
-        for thing in gc.get_objects():
-            # by the type: asking some lazy modules for their class loads them. Others hold no memory of their own, as torch.compile's fakes
-            if type(thing) in (Tensor, nn.Parameter):
-                self.count(thing)
-
-    def count(self, tensor: Tensor) -> None:
-        if tensor.layout != torch.strided:
-            return
-        storage = tensor.untyped_storage()
-        key = id(storage)
-        if key in self.storages or storage.device != self.device:  # the storage's: the compiler's fake tensors lie about theirs
-            return
-        size = storage.nbytes()
-
-        def freed(_: object) -> None:
-            self.bytes -= size
-            del self.storages[key]
-
-        self.storages[key] = weakref.ref(storage, freed)
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(out):
-            if isinstance(tensor, Tensor):
-                self.count(tensor)
-        return out
-
-
-@dataclass
-class Reading:
-    """Bytes of the tensors on the device at the highest."""
-
-    peak: int = 0
-
-
-@contextmanager
-def highest(device: torch.device) -> Iterator[Reading]:
-    """The peak of all tensors on the device while the block runs: what CUDA's allocator says, elsewhere what `Living` counts."""
-    reading = Reading()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        yield reading
-        reading.peak = torch.cuda.max_memory_allocated(device)
-    else:
-        with Living(device) as living:
-            yield reading
-        reading.peak = living.peak
-
-
-@dataclass
-class Taken:
-    """Bytes, and what they are of."""
-
-    peak: float = 0.0
-    what: str = "taken"
-
-
-@contextmanager
-def taken(device: torch.device) -> Iterator[Taken]:
-    """What the block takes of memory at the highest: on CUDA the allocator's word; elsewhere what the process grows by, and the tensors
-    that were there. Only Linux tells what a process has now: on others it is what it grows by above its highest."""
-    real = Taken()
-    if device.type == "cuda":
-        with highest(device) as reading:
-            yield real
-        real.peak, real.what = reading.peak, "allocated"
-        return
-    held = Living(device).bytes
-    with suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what glibc keeps of freed memory would be filled first, unseen
-    forget_peak(device)
-    try:
-        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:
-        before = peak_memory_mb(device) * 1e6
-    yield real
-    real.peak = held + peak_memory_mb(device) * 1e6 - before
 
 
 @dataclass(frozen=True)
@@ -271,16 +172,33 @@ def within_budget(trial: Trial, least: Callable[[int], int] = int) -> tuple[Plan
     assert settings.memory_budget is not None
     _warm_up(trial)
     sizes = [n for n in range(1, settings.batch_size + 1) if settings.batch_size % n == 0]
-    found = largest(trial.peak, sizes, settings.memory_budget * GB)
+    tried: dict[int, float] = {}
+
+    def peak(size: int) -> float | None:
+        tried[size] = float("inf")  # as long as it has not come to its end
+        taken = trial.peak(size)
+        tried.pop(size) if taken is None else tried.update({size: taken})
+        return taken
+
+    found = largest(peak, sizes, settings.memory_budget * GB)
     size = least(found[0] if found else 0)
     if size == 0:
         raise InputError(
-            f"memory_budget is {settings.memory_budget:g} GB, and a step of the smallest batch does not fit (diffalign check says what it "
-            "takes). What makes it smaller: --gradient-checkpointing, --vae-batch-size 1, --precision bf16, --height and --width."
+            f"memory_budget is {settings.memory_budget:g} GB, and a step of the smallest batch does not fit{_smallest(tried)}. What makes "
+            "it smaller: --gradient-checkpointing, --vae-batch-size 1, --precision bf16, --height and --width."
         )
     split = smaller(plan, settings.batch_size // size)
     expects = f", {found[1] / GB:.2f} GB expected" if found and found[0] == size else ""
     return split, f"{settings.memory_budget:g} GB: batches of {size}{expects}; {split.batch_in_words()}"
+
+
+def _smallest(tried: Mapping[int, float]) -> str:
+    """What the smallest of the steps that were tried takes; where memory ran out in all of them, that."""
+    ended = {size: taken for size, taken in tried.items() if taken < float("inf")}
+    if not ended:
+        return ": memory ran out in it" if tried else ""
+    size = min(ended)
+    return f": {size} sample{'s' * (size > 1)} take{'s' * (size == 1)} {max(ended[size] / GB, 1e-3):.3f} GB"
 
 
 def smaller(plan: Plan, times: int) -> Plan:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import torch
 
 from diffalign import knobs, registry, sources
 from diffalign.errors import InputError, nearest
+from diffalign.notices import quiet
 from diffalign.settings import Settings
 from diffalign.types import Modality
 
@@ -75,35 +73,10 @@ def modality_of(class_name: str) -> Modality | None:
     return getattr(adapter_of(class_name), "modality", None)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' and diffusers' loading bars, and their notices about packages that nobody asked for."""
-    from transformers.utils import logging as transformers_logging
-
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    from diffusers.utils import logging as diffusers_logging  # only now: importing it gives the notices
-
-    diffusers_level = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # theirs, about torch's functions that they call
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        diffusers_logging.set_verbosity(diffusers_level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-            diffusers_logging.enable_progress_bar()
-
-
 def class_named(name: str) -> Any:
     """A pipeline class of diffusers by its name; raises InputError for one without an adapter, before diffusers is imported."""
     adapter_of(name)
-    with quiet():
+    with quiet(pipelines=True):
         import diffusers
 
         return getattr(diffusers, name)
@@ -118,7 +91,7 @@ def load_pipeline(source: str, revision: str | None = None, dtype: torch.dtype =
     where = sources.folder_of(source, revision, pipeline_class)
     try:
         absent = dict.fromkeys(sources.absent(where))
-        with quiet():
+        with quiet(pipelines=True):
             return pipeline_class.from_pretrained(str(where), dtype={"default": dtype, "vae": torch.float32}, **absent)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
@@ -156,7 +129,7 @@ def open_pipeline(settings: Settings, dtype: torch.dtype = torch.float32) -> Any
             f"The adapter of {name} makes no tiny twin, which a dry run trains: it lacks a function tiny() that gives such a pipeline "
             "with random weights. See 'A pipeline' in docs/design.md, or leave --tiny out."
         )
-    with quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(pipelines=True), torch.random.fork_rng(devices=[]):
         return make()
 
 
@@ -205,12 +178,9 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
 
 
 def _own_options(adapter: Any, settings: Settings, name: str) -> dict[str, Any]:
-    """The settings that not every adapter takes; raises InputError for one that was given and that this one does not take.
-
-    `image_guidance_scale` has a value always, and is left out where there is no picture to be guided towards.
-    """
+    """The settings that not every adapter takes; raises InputError for one that was given and that this one does not take."""
     taken = inspect.signature(adapter.of).parameters
-    for option in OPTIONS[1:]:
+    for option in OPTIONS:
         if option not in taken and vars(settings)[option] != vars(Settings())[option]:
             raise InputError(f"{option}: the adapter of {name} takes none. Drop it.")
     return {option: vars(settings)[option] for option in OPTIONS if option in taken}

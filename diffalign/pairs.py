@@ -5,23 +5,23 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import docstring_parser
 import torch
-from jsonargparse import ArgumentParser, Namespace
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from diffalign import registry
+from diffalign import knobs
 from diffalign.cache import digest
-from diffalign.config import model_preset, name_of, parameters, parse
+from diffalign.composing import given_reward
+from diffalign.config import parse
 from diffalign.console import console, say, say_notes
-from diffalign.contract import CheckedReward, as_reward, check_modality
+from diffalign.contract import CheckedReward, check_modality
 from diffalign.data import PicturePrompt, Prompt, SpokenPrompt, batch_of, check_fit, check_prompts, known_as, rate_of, read_prompts, text_of
 from diffalign.errors import InputError
+from diffalign.making import OF_THE_MACHINE, Making, build_parser, is_run, settings_of, settle
 from diffalign.models import class_of, make_policy, modality_of
 from diffalign.ranks import Drawn, Outcome, Ranked, claim, count, ledger, rewrite, write
 from diffalign.run import Run
@@ -32,61 +32,6 @@ from diffalign.trajectories import Stored
 from diffalign.types import Modality, Policy, Prompts, Taken
 
 PATIENCE = 100  # prompts without a pair, and at least all of them once, until the reward is taken for a constant
-
-
-@dataclass(frozen=True)
-class Making:
-    """Making pairs."""
-
-    pipeline: str = "shapes"
-    """Model whose samples are compared: shapes (embedded), a Hub id, a folder in diffusers layout, or the folder of a run."""
-    revision: str | None = None
-    """Revision of a Hub model."""
-    prompts: str | None = None
-    """Prompts: a .txt or .jsonl file, shapes, or hf:user/dataset/file.txt."""
-    pairs: int | None = None
-    """Stop after so many pairs, going through the prompts again and again; by default once through the prompts."""
-    samples: int = 2
-    """Samples of each prompt: the best and the worst are a pair."""
-    sample_steps: int = 50
-    """Denoising steps of a sample."""
-    trajectories: bool = False
-    """Keep each sample's states beside its picture, and take random steps (eta 1): D3PO trains on these once people have judged."""
-    random_steps: int | None = None
-    """With trajectories: only so many of the first steps are random; by default all are."""
-    batch_size: int = 8
-    """Samples of one forward."""
-    guidance_scale: float = 7.5
-    """Classifier-free guidance; 1 for none."""
-    true_cfg_scale: float = 1.0
-    """Classifier-free guidance of models that are told guidance_scale (FLUX); 1 for none."""
-    max_sequence_length: int | None = None
-    """Tokens of the long text encoder of Stable Diffusion 3, FLUX, Z-Image and the pipelines of sound; by default the pipeline's own."""
-    negative_prompt: str | None = None
-    """Prompt of the unconditional branch; by default the pipeline's own: the empty one, or none at all for SDXL."""
-    height: int | None = None
-    """Height of the pictures in pixels; by default the model's own."""
-    width: int | None = None
-    """Width of the pictures in pixels; by default the model's own."""
-    audio_seconds: float | None = None
-    """Length of the sounds; by default the model's own (AudioLDM 2), or 5 (LongCat-AudioDiT)."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the network."""
-    device: str | None = None
-    """By default cuda, mps or cpu, the first there is."""
-    seed: int = 0
-    """Of the noise."""
-
-    def __post_init__(self) -> None:
-        for name, least in {"samples": 2, "sample_steps": 1, "batch_size": 1}.items():
-            if vars(self)[name] < least:
-                raise InputError(f"{name} is {vars(self)[name]}: give {least} or more.")
-        if self.random_steps is not None and not (self.trajectories and 1 <= self.random_steps <= self.sample_steps):
-            raise InputError(f"random_steps is {self.random_steps}: give 1 to {self.sample_steps} (sample_steps), and --trajectories.")
-        if self.pairs is not None and self.pairs < 1:
-            raise InputError(f"pairs is {self.pairs}: give 1 or more.")
-        if not 0 <= self.seed < 2**31:
-            raise InputError(f"seed is {self.seed}: give a whole number from 0 to 2147483647.")
 
 
 def make_pairs(
@@ -107,72 +52,13 @@ def make_pairs(
     flags = {"pipeline": str(pipe) if live is None else LIVE, "output": str(output), **given}
     if isinstance(prompts, str | Path):
         flags["prompts"] = str(prompts)
-    if isinstance(reward, str):
-        flags["reward"] = {"name": reward}
-    parser = build_parser(flags["pipeline"], reward if isinstance(reward, str) else None)
-    settled = settle(parse(parser, lambda: parser.parse_object(flags)), None if isinstance(reward, str) else reward)
+    named, live_reward = given_reward(reward)
+    if named is not None:
+        flags["reward"] = named
+    parser = build_parser(flags["pipeline"], named["name"] if named else None)
+    settled = settle(parse(parser, lambda: parser.parse_object(flags)), live_reward)
     texts = None if prompts is None or isinstance(prompts, str | Path) else check_prompts(list(prompts))
     return make(*settled, texts=texts, live=live)
-
-
-def build_parser(pipeline: str, reward: str | None) -> ArgumentParser:
-    """The parser of `diffalign pairs`: the fields of `Making` and of the named reward, with the model's or the run's defaults."""
-    preset = _preset(pipeline)
-    named = preset.pop("reward", None) or {}
-    reward = reward or named.get("name")
-    found, reward_fields = registry.find("rewards", reward) if reward else (None, {})
-    parser = ArgumentParser(prog="diffalign pairs", exit_on_error=False, usage="diffalign pairs --reward NAME --output DIR [options]")
-    parser.add_argument("--output", type=str, required=True, metavar="DIR", help="Folder of the pairs; the same command again goes on.")
-    parser.add_class_arguments(Making, None)
-    parser.add_argument("--reward.name", type=str | None, default=reward, help="See: diffalign list rewards.")
-    for name, (kind, default, about) in parameters(found).items():
-        parser.add_argument(f"--reward.{name}", type=kind, default=default, help=about)
-    defaults = {**preset, **{f"reward.{key}": value for key, value in {**reward_fields, **_only(named, reward)}.items()}}
-    parser.set_defaults(defaults)
-    about = {p.arg_name: " ".join((p.description or "").split()) for p in docstring_parser.parse_from_object(Making).params}
-    for action in parser._actions:
-        action.help = about.get(action.dest, action.help)
-    return parser
-
-
-def settle(parsed: Namespace, reward: Any = None) -> tuple[Making, CheckedReward, dict[str, Any], Path]:
-    """(making, reward, the reward's fields, output) of parsed flags; `reward` is an object in the place of a name."""
-    values: dict[str, Any] = parsed.as_dict()
-    output, reward_fields = Path(values.pop("output")).expanduser(), values.pop("reward")
-    name = reward_fields.pop("name")
-    if reward is not None:
-        checked, reward_fields = CheckedReward(as_reward(reward), name_of(reward)), {}
-    elif name is None:
-        raise InputError("pairs need a reward: --reward NAME. See: diffalign list rewards.")
-    else:
-        found, _ = registry.find("rewards", name)
-        checked = CheckedReward(as_reward(found(**reward_fields) if isinstance(found, type) else found), name)
-    return Making(**values), checked, reward_fields, output
-
-
-def _preset(pipeline: str) -> dict[str, Any]:
-    """What a model or a run brings along: fields of `Making`, and `reward` as {"name": ...}."""
-    if _is_run(pipeline):
-        run = Run.open(pipeline)
-        known = {**run.config, "pipeline": pipeline, "sample_steps": run.plan.sample_steps, "device": None}
-    else:
-        if pipeline != LIVE:
-            registry.locate(pipeline)
-        known = model_preset(pipeline, "pairs")
-    named = known.get("reward")
-    named = {"name": named} if isinstance(named, str) else dict(named or {})
-    own = {field.name for field in fields(Making)} - {"seed", "pairs", "samples"}
-    return {**{key: value for key, value in known.items() if key in own}, "reward": {} if named.get("name") == LIVE else named}
-
-
-def _only(named: Mapping[str, Any], reward: str | None) -> dict[str, Any]:
-    """The fields of a run's reward, where it is the reward that is meant."""
-    return {key: value for key, value in named.items() if key != "name"} if named.get("name") == reward else {}
-
-
-def _is_run(pipeline: str) -> bool:
-    path = Path(pipeline).expanduser()
-    return (path / "config.yaml").is_file() and not (path / "model_index.json").is_file()
 
 
 def make(
@@ -188,21 +74,20 @@ def make(
         raise InputError("No prompts: give --prompts FILE (one a line), or --prompts shapes.")
     prompts = _without_pictures(read_prompts(making.prompts or "") if texts is None else texts)
     settings = {
-        **{key: value for key, value in asdict(making).items() if key not in ("pairs", "device")},
+        **{key: value for key, value in asdict(making).items() if key not in ("pairs", *OF_THE_MACHINE)},
         "prompts": {"source": making.prompts if texts is None else None, "count": len(prompts), "sha256": digest(*map(known_as, prompts))},
         "reward": {"name": reward.name, **{k: str(v) if isinstance(v, Path) else v for k, v in reward_fields.items()}},
     }
     done = ledger(folder, settings)
+    knobs.check(settings_of(making))
     if _missing(making, done, prompts):
         made = _made(making, live)
         if made is not None:
             check_modality(reward.reward, reward.name, made)
         reward.open()
-        policy = _policy(making, live)
-        say_notes(policy)
-        check_modality(reward.reward, reward.name, policy.modality)
-        check_fit(prompts, policy)
-        with claim(folder, settings):
+        if made is not None:  # again: a reward may know only now what it judges
+            check_modality(reward.reward, reward.name, made)
+        with _policy(making, reward, prompts, live) as policy, claim(folder, settings):
             done = ledger(folder, settings)  # again, now that nobody else writes
             if done:
                 say(f"{folder} has {count(done):,} pairs of {len(done):,} prompts already: going on.")
@@ -232,15 +117,23 @@ def _made(making: Making, live: Any) -> Modality | None:
     """What the pipeline makes, from its index; None where nobody knows yet."""
     if live is not None:
         return modality_of(type(live).__name__)
-    settings = Run.open(making.pipeline).plan.settings if _is_run(making.pipeline) else Settings(making.pipeline, making.revision)
+    settings = Run.open(making.pipeline).plan.settings if is_run(making.pipeline) else Settings(making.pipeline, making.revision)
     return None if settings.pipeline == LIVE else modality_of(class_of(settings))
 
 
-def _policy(making: Making, live: Any) -> Policy:
-    names = ("pipeline", "revision", "guidance_scale", "true_cfg_scale", "max_sequence_length", "negative_prompt")
-    names += ("height", "width", "audio_seconds", "precision", "device")
-    pipe = Run.open(making.pipeline).pipeline if live is None and _is_run(making.pipeline) else live
-    return make_policy(Settings(**{name: vars(making)[name] for name in names}), pipe, train=False)
+@contextmanager
+def _policy(making: Making, reward: CheckedReward, prompts: Sequence[Prompt], live: Any) -> Iterator[Policy]:
+    """What is sampled; a live pipeline can be called as before, however the block ends."""
+    pipe = Run.open(making.pipeline).pipeline if live is None and is_run(making.pipeline) else live
+    policy = make_policy(settings_of(making), pipe, train=False)
+    try:
+        say_notes(policy)
+        check_modality(reward.reward, reward.name, policy.modality)
+        check_fit(prompts, policy)
+        yield policy
+    finally:
+        if live is not None:
+            policy.release()
 
 
 def rank(policy: Policy, reward: CheckedReward, prompts: Sequence[Prompt], making: Making, first: int) -> Iterator[list[Outcome]]:

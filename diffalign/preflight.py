@@ -10,9 +10,11 @@ import torch
 from torch import Generator, Tensor
 
 from diffalign.config import Plan
-from diffalign.data import Prompt, Source, batch_of
-from diffalign.memory import Trial, expected, in_words, taken, within_budget
+from diffalign.data import Prompt, batch_of
+from diffalign.memory import Trial, expected, in_words, within_budget
+from diffalign.peaks import taken
 from diffalign.sampling import ddim, noisy, rollout, transition
+from diffalign.streams import Source
 from diffalign.types import Prompts
 
 

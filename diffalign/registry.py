@@ -104,6 +104,7 @@ REWARDS = {
         "diffalign.rewards.clip:OpenCLIP", "Cosine of a model of open_clip.", "differentiable", extra="open-clip", package="open_clip"
     ),
     "aesthetic": Entry("diffalign.rewards.aesthetic:Aesthetic", "LAION's aesthetic predictor; reads no prompt.", "differentiable"),
+    "trained": Entry("diffalign.rewards.trained:Trained", "One of your own, made by diffalign reward train.", "differentiable"),
     "shapes-clip": Entry("diffalign.rewards.shapes:ShapesCLIP", "Tiny CLIP trained on shapes.", "differentiable"),
     "shapes-checker": Entry("diffalign.rewards.shapes:ShapesChecker", "Share of the caption's attributes that are right.", "score"),
     "shapes-all-right": Entry(
@@ -114,6 +115,7 @@ REWARDS = {
         "diffalign.rewards.shapes:ShapesEditChecker", "1 where all of an edit is right.", "score", {"strict": True}
     ),
     "shapes-edit-clip": Entry("diffalign.rewards.shapes:ShapesEditCLIP", "Tiny CLIP on the caption after an edit.", "differentiable"),
+    "compose": Entry("diffalign.rewards.compose:Compose", "Several rewards in one: their sum, the worst, or the product.", "as its parts"),
     "jpeg-compressibility": Entry("diffalign.rewards.jpeg:JPEGCompressibility", "Minus the kB of a JPEG at quality 95.", "score"),
     "jpeg-incompressibility": Entry("diffalign.rewards.jpeg:JPEGCompressibility", "The kB of a JPEG at quality 95.", "score", {"sign": 1}),
     "loudness": Entry("diffalign.rewards.sound:Loudness", "Of sound: how near its level is to a target.", "differentiable"),
@@ -166,6 +168,8 @@ REWARDS = {
         extra="speech-metrics",
         package="torchmetrics",
     ),
+    "remote": Entry("diffalign.rewards.remote:Remote", "What a reward server says: diffalign serve, or one of yours.", "score"),
+    "judge": Entry("diffalign.rewards.judge:Judge", "A vision-language model's rating, over an OpenAI-compatible endpoint.", "score"),
 }
 PIPELINES = {
     "StableDiffusionPipeline": Entry("diffalign.pipelines.stable_diffusion:StableDiffusion", "Stable Diffusion 1.x and 2.x.", "image"),

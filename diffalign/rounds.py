@@ -224,7 +224,7 @@ def best_and_worst(round_: Round, batches: int, samples: int) -> tuple[Tensor, T
 
 def nothing_differs(count: int, context: Context, *, wanted: int = 1, most: int = 10) -> bool:
     """Whether all processes together have fewer than `wanted` things to train on, `count`, all of prompts whose samples differ in reward:
-    the round is passed over then. `wanted` is one for each optimiser step that shares them.
+    the round can be passed over then. `wanted` is one for each optimiser step that shares them.
 
     Raises InputError after `most` such rounds on end.
     """

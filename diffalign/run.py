@@ -9,26 +9,26 @@ import math
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from diffalign import checkpoint, kohya, lora
 from diffalign.config import Plan, resolve
-from diffalign.data import Prompt, caption_of, check_fit, rate_of, read_file, write_file
+from diffalign.data import Prompt, caption_of, check_fit, check_prompts, rate_of, read_file, write_file
 from diffalign.errors import InputError
 from diffalign.evaluate import sample, sheet
 from diffalign.knobs import to_sample
 from diffalign.lora import WEIGHTS
 from diffalign.media import to_pil
-from diffalign.models import class_named, class_of, device_of, make_policy, network_of, open_pipeline, quiet
+from diffalign.models import class_named, class_of, device_of, make_policy, network_of, open_pipeline
+from diffalign.notices import quiet
 from diffalign.settings import LIVE, Settings
 from diffalign.sound import write_all
 
@@ -151,7 +151,7 @@ class Run:
 
     def sample(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt | tuple[str, *tuple[str | Path, ...]]],
         *,
         seed: int = 0,
         steps: int | None = None,
@@ -160,8 +160,11 @@ class Run:
     ) -> list[Path]:
         """Pictures of the prompts from the base model and the trained one, same noise: `[side by side, each trained one, ...]`.
 
-        Of sounds the mel spectrograms side by side, and .wav files: each trained one, then each of the base model.
+        Prompts are texts, where the pipeline takes pictures `(text, picture file)` and `(text, picture file, mask file)`, of speech
+        `SpokenPrompt(text, transcript)`. Of sounds the files are mel spectrograms side by side, and .wav files: each trained one, then
+        each of the base model.
         """
+        prompts = check_prompts(prompts)
         settings, policy = self.plan.settings, self.policy
         check_fit(prompts, policy)
         if lora_scale != 1.0 and settings.full:
@@ -212,7 +215,7 @@ class Run:
         if not lora.native(known):
             raise InputError(f"{self.path}: no programme reads a kohya file of a {known.__name__}. Its lora/ loads through peft.")
         try:
-            with quiet():
+            with quiet(pipelines=True):
                 tensors = kohya.convert(weights, known)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             if isinstance(error, InputError):
@@ -240,9 +243,9 @@ class Run:
             raise InputError(f"{self.path} holds no {name}/ yet: the run is unfinished. Resume it: diffalign train --resume {self.path}")
         return self.path / name
 
-    def save_weights(self, policy: Any) -> None:
-        """Write lora/ (or, after full fine-tuning, model/) as plain diffusers loads it."""
-        with checkpoint.whole(self.path / ("lora" if policy.frozen is None else "model")) as draft:
+    def save_weights(self, policy: Any, folder: str | None = None) -> None:
+        """Write lora/ (or, after full fine-tuning, model/), or another folder of the run, as plain diffusers loads it."""
+        with checkpoint.whole(self.path / (folder or ("lora" if policy.frozen is None else "model"))) as draft:
             policy.save(draft)
 
     @contextmanager
@@ -296,22 +299,3 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
         return path
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory of the process so far, in MB of 10^6 bytes: on this device where it is a GPU of CUDA, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    import resource  # not on Windows
-
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-
-
-def forget_peak(device: torch.device) -> None:
-    """From now on `peak_memory_mb` is the peak from now on; of resident memory only Linux can do so."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")

@@ -220,7 +220,7 @@ def replay(policy: Policy, trajectory: Trajectory, steps: Tensor, rows: Tensor, 
     device = trajectory.states.device
     i, b = steps.to(device), rows.to(device)
     x_t, now, then = trajectory.states[i, b], trajectory.schedule.now[steps], trajectory.schedule.then[steps]
-    x_0, noise = policy.path.split(policy.predict(x_t, now, trajectory.condition[b]), x_t, now)
+    x_0, noise = policy.path.split(policy.predict(x_t, now, trajectory.condition[rows]), x_t, now)
     return Replay(kernel(x_0, noise, now, then), trajectory.states[i + 1, b], noise)
 
 
@@ -245,7 +245,7 @@ def paired_errors(
     condition = without_some_text(policy, pairs.prompts, drop_text, rng)
     at, noise = policy.path.draw(len(pairs), rng), draw_noise(pairs.x_0.shape, pairs.x_0, rng)
     twice = torch.arange(len(pairs)).repeat(2)
-    both = torch.cat([pairs.x_0, pairs.rejected]), torch.cat([noise, noise]), at[twice], condition[twice.to(noise.device)]
+    both = torch.cat([pairs.x_0, pairs.rejected]), torch.cat([noise, noise]), at[twice], condition[twice]
     base = None, None
     if reference:
         with torch.no_grad(), policy.reference():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -18,29 +19,38 @@ from diffalign.checkpoint import whole
 from diffalign.config import Plan, check_needs, resolve
 from diffalign.console import comparison, console, say, say_notes, watch
 from diffalign.contract import CheckedReward, short_name
-from diffalign.data import Prompt, PromptList, SpokenPrompt, check_fit, rate_of, text_of
+from diffalign.data import PicturePrompt, Prompt, SpokenPrompt, check_fit, rate_of, text_of
 from diffalign.errors import InputError
 from diffalign.evaluate import evaluate, implicit_accuracy, sample, sheet
 from diffalign.flags import flat
-from diffalign.inputs import Data, check_media, check_reward, eval_rewards, given_prompts, open_data, prompt_lists
+from diffalign.guard import closing
+from diffalign.guarding import Guarding, check_guard, check_resumed, guard_outcome, guard_rewards, guarding, rewind_guard
+from diffalign.inputs import (
+    Data,
+    check_judges,
+    check_media,
+    check_parts,
+    check_reward,
+    eval_rewards,
+    given_prompts,
+    open_data,
+    prompt_lists,
+)
 from diffalign.loop import Training, prepare, train
+from diffalign.lora import as_loaded
 from diffalign.memory import Trial, within_budget
 from diffalign.models import class_of, make_policy, modality_of, prepare_to_train
-from diffalign.processes import failed_before, least_of_all, make_accelerator, mesh_of, one_for_all
+from diffalign.peaks import forget_peak
+from diffalign.processes import least_of_all, make_accelerator, mesh_of, one_for_all
 from diffalign.report import curve
-from diffalign.run import Run, forget_peak
+from diffalign.run import Run
+from diffalign.saving import Saving
 from diffalign.settings import LIVE
+from diffalign.signals import Stopped, noted
 from diffalign.sound import write_all
+from diffalign.streams import PromptList
 
 PICTURES = 8
-
-
-class Stopped(Exception):
-    """A signal asked the training to stop; the run is saved and can be resumed."""
-
-    def __init__(self, signum: int, step: int, path: Path) -> None:
-        super().__init__(f"signal {signum} at step {step}; the run in {path} can be resumed")
-        self.signum, self.step, self.path = signum, step, path
 
 
 def start(
@@ -67,18 +77,24 @@ def start(
     if not tiny.made(settings, settings.data):
         examples.check(settings.data, plan.method.needs.data)
     prompts, eval_prompts = given_prompts(settings, prompts, eval_prompts)
-    rewards = eval_rewards(plan)
+    check_parts(plan, prompts, eval_prompts)
+    rewards, guards = eval_rewards(plan), guard_rewards(plan)
     policy = make_policy(settings, live, train=False)
     with _given_back(policy, live):
+        check_judges(rewards, policy.modality)
         data = open_data(plan, policy, accelerator)
         train_prompts, held_out = prompt_lists(settings, prompts, eval_prompts, data)
         check_fit([*train_prompts, *held_out], policy)
         check_reward(plan, policy, train_prompts)
+        check_guard(guards, policy, held_out)
+        check_parts(plan, None, held_out)
         for steps in {plan.sample_steps, vars(plan.method).get("inference_steps", plan.sample_steps)}:
             policy.path.schedule(steps)
         prepare_to_train(policy, settings, mesh_of(settings))
+        plan = replace(plan, settings=replace(settings, lora=as_loaded(settings.lora, policy.module)))
         if settings.memory_budget is not None:  # before the settings are recorded: a resumed run has the same batches
-            plan, found = within_budget(Trial(plan, policy, train_prompts, data[0] if data else None), least_of_all)
+            with plan.reward.rehearsal() if plan.reward is not None else nullcontext():
+                plan, found = within_budget(Trial(plan, policy, train_prompts, data[0] if data else None), least_of_all)
             say(f"Memory budget {found}")
         if accelerator.is_main_process:
             run = Run.create(path, {**plan.config(), "processes": accelerator.num_processes}, live)
@@ -87,7 +103,7 @@ def start(
         accelerator.wait_for_everyone()
         run = Run.open(path, live)
         with run.alone() if accelerator.is_main_process else nullcontext():
-            return drive(plan, run, policy, rewards, accelerator, data, resume=False)
+            return drive(plan, run, policy, rewards, guards, accelerator, data, resume=False)
 
 
 def resume(path: str | Path, steps: int | None = None, pipe: Any = None, reward: Any = None) -> Run:
@@ -103,9 +119,10 @@ def resume(path: str | Path, steps: int | None = None, pipe: Any = None, reward:
     if steps is not None:
         plan = replace(plan, settings=replace(plan.settings, steps=steps))
     state, _ = run.newest_checkpoint()  # before the model is loaded
+    check_resumed(plan, state, steps)
     accelerator = make_accelerator(plan.settings)
     plan = _of_as_many(plan, state["batch_size"], accelerator.num_processes)
-    rewards = eval_rewards(plan)
+    rewards, guards = eval_rewards(plan), guard_rewards(plan)
     policy = make_policy(plan.settings, pipe, train=False)
     with _given_back(policy, pipe):
         data = open_data(plan, policy, accelerator)
@@ -115,7 +132,7 @@ def resume(path: str | Path, steps: int | None = None, pipe: Any = None, reward:
         with run.alone() if accelerator.is_main_process else nullcontext():  # before anything in the folder is touched
             if steps is not None and accelerator.is_main_process:
                 run.write_config({**run.config, "steps": steps})
-            return drive(plan, run, policy, rewards, accelerator, data, resume=True)
+            return drive(plan, run, policy, rewards, guards, accelerator, data, resume=True)
 
 
 @contextmanager
@@ -138,8 +155,10 @@ def _of_as_many(plan: Plan, batch_size: int, processes: int) -> Plan:
     return replace(plan, settings=replace(plan.settings, batch_size=batch_size // processes))
 
 
-def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accelerator: Any, data: Data, resume: bool) -> Run:
-    """Train to the end or to a signal; the first process writes, and every process takes part in the steps."""
+def drive(
+    plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], guards: list[CheckedReward], accelerator: Any, data: Data, resume: bool
+) -> Run:
+    """Train to the end, to a signal, or to where the guard ends it; the first process writes, and every process takes part in the steps."""
     settings, main = plan.settings, accelerator.is_main_process
     prompts, held_out = run.read_prompts("train"), run.read_prompts("heldout")
     if data is None:
@@ -156,6 +175,7 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
         training.restore(state)
         if main:
             run.rewind_metrics(training.context.step)
+            rewind_guard(run, training.context.step)
         say(f"Resuming {run.path} at step {training.context.step}.")
     if main:
         say_notes(policy)
@@ -167,7 +187,9 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
         accelerator.init_trackers("diffalign", config=_for_trackers({"run": str(run.path), **plan.config()}))
     shown = (held_out * PICTURES)[:PICTURES]
     try:
-        _steps(plan, run, policy, training, shown)
+        guard = guarding(plan, run, policy, training, guards, held_out)
+        if guard is None or not guard.fired:
+            _steps(plan, run, policy, training, shown, guard)
     except InputError as error:
         if training.context.step == 0 or not main or settings.fsdp:  # to gather weights takes all processes, and one has failed
             raise
@@ -177,30 +199,36 @@ def drive(plan: Plan, run: Run, policy: Any, rewards: list[CheckedReward], accel
         raise
     if training.average is not None:  # what is saved is what the pipeline now holds; the last checkpoint has the raw weights
         training.average.copy_to(training.parameters.values())
+    if guard is not None:
+        guard.settle()
     with policy.whole() if settings.fsdp else nullcontext():
         if main:
             run.save_weights(policy)
+    watched = guard_outcome(run) if main else None
     if (main or settings.fsdp) and settings.eval_size and (rewards or data):
-        chosen, picture = held_out[: settings.eval_size], run.path / "samples" / "before-after.png"
+        chosen, files = held_out[: settings.eval_size], (run.path / "eval.json", run.path / "samples" / "before-after.png")
         try:
-            results = evaluate_into(plan, policy, rewards, chosen, settings.seed + 1, run.path / "eval.json", picture, data, write=main)
+            results = evaluate_into(plan, policy, rewards, chosen, settings.seed + 1, *files, data, guard=watched, write=main)
         except KeyboardInterrupt:
             say(f"The weights are saved. Evaluate them: diffalign eval {run.path}")
             raise
+        except InputError as error:
+            raise InputError(f"{error}\nThe weights are saved. Evaluate them: diffalign eval {run.path}") from error
         if main:
             console.print(comparison(results))
     if main:
+        if watched is not None:
+            say(closing(watched))
         run.save_picture("curve.png", curve({run.path.name: run.metrics}))
-        asked = f'--transcript "{shown[0].transcript}"' if isinstance(shown[0], SpokenPrompt) else f'--prompt "{text_of(shown[0])}"'
-        say(f"Run: {run.path}   Again: diffalign sample {run.path} {asked}")
+        say(f"Run: {run.path}   Again: {again(run.path, shown[0], settings.pipeline == LIVE)}")
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.wait_for_everyone()  # the run is whole when the first process has written it
     return Run(run.path, run.live, policy if run.live is not None else None)
 
 
-def _steps(plan: Plan, run: Run, policy: Any, training: Training, shown: list[Prompt]) -> None:
-    """Take the steps that are left; rows, pictures and checkpoints as they fall due."""
+def _steps(plan: Plan, run: Run, policy: Any, training: Training, shown: list[Prompt], guard: Guarding | None) -> None:
+    """Take the steps that are left, or as many as the guard lets; rows, pictures and checkpoints as they fall due."""
     settings, accelerator, reward = plan.settings, training.accelerator, plan.reward
     main, picture_every = accelerator.is_main_process, settings.sample_every or max(1, settings.steps // 4)
     rate = rate_of(policy)
@@ -216,31 +244,30 @@ def _steps(plan: Plan, run: Run, policy: Any, training: Training, shown: list[Pr
             if rate is not None:
                 write_all(path.with_suffix(""), images, rate)
 
-    def checkpoint() -> None:
-        state = training.state()  # of all processes
-        if main:
-            run.save_checkpoint(training.context.step, state, settings.keep_checkpoints)
-        accelerator.wait_for_everyone()  # the launcher ends them all once one has stopped
-
+    saving = Saving(run, training, settings.keep_checkpoints, training.context.step)
     if training.context.step == 0:
         if samples:
             pictures()
-        checkpoint()
+        saving.checkpoint()
     due = False
-    with _signals() as caught:
-        rows = train(training, policy, plan.method, reward, settings)
+    with noted() as caught:
+        rows = saving.lasting(train(training, policy, plan.method, reward, settings))
         for row in watch(rows, training.context.step, settings.steps, main):
             if main:
                 run.append_metrics(row.metrics)
                 accelerator.log(row.metrics, step=row.step)
-            if samples and (row.step % picture_every == 0 or row.step == settings.steps):
+            fired = guard is not None and guard.after(row)
+            last = fired or row.step == settings.steps
+            if samples and (row.step % picture_every == 0 or last):
                 pictures()
-            due = due or row.step % settings.checkpoint_every == 0 or row.step == settings.steps
+            due = due or row.step % settings.checkpoint_every == 0 or last
             stop = training.anywhere(bool(caught))
             if row.boundary and (due or stop):
-                checkpoint()
+                saving.checkpoint()
                 due = False
-                if stop and row.step < settings.steps:
+                if fired:
+                    return
+                if stop and not last:
                     raise Stopped(caught[0] if caught else signal.SIGTERM, row.step, run.path)
 
 
@@ -254,11 +281,13 @@ def evaluate_into(
     picture: Path,
     data: Data = None,
     pairs: Any = None,
+    guard: Any = None,
     write: bool = True,
 ) -> dict[str, Any]:
     """Compare the policy with its base model, and write what `evaluate` found to `output` and the pictures to `picture`; sounds beside it.
 
-    `pairs` is what was measured on the data before, and stays. Where all processes work on one network, the first is to `write`.
+    `pairs` is what was measured on the data before, `guard` what came of the run's guard; both stay. Where all processes work on one
+    network, the first is to `write`.
     """
     chosen = {"steps": plan.sample_steps, "seed": seed, "batch_size": plan.settings.batch_size}
     results, before, after = evaluate(policy, rewards, prompts, suffix=plan.suffix, **chosen)
@@ -266,7 +295,7 @@ def evaluate_into(
         held = data[1]
         accuracy = implicit_accuracy(policy, held, seed=seed, batch_size=plan.settings.batch_size)
         pairs = {"count": len(held), "implicit_accuracy": accuracy}
-    results |= {"pairs": pairs} if pairs else {}
+    results |= {name: value for name, value in {"pairs": pairs, "guard": guard}.items() if value}
     if not write:
         return results
     with whole(output) as draft:
@@ -282,6 +311,21 @@ def evaluate_into(
 def _for_trackers(config: dict[str, Any]) -> dict[str, Any]:
     """The settings as trackers take them: `lora.rank`, and text for what is neither number nor text."""
     return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in flat(config).items()}
+
+
+def again(path: Path, prompt: Prompt, live: bool) -> str:
+    """What samples a run: a command, or where it was made from a `live` pipeline, which no command can have, a call."""
+    files = (prompt.picture, prompt.mask) if isinstance(prompt, PicturePrompt) else ()
+    named = {flag: file for flag, file in zip(("image", "mask"), files, strict=False) if file is not None}
+    if live:
+        asked = [text_of(prompt), *(str(file) if isinstance(file, Path) else f"{flag}.png" for flag, file in named.items())]
+        given = f"diffalign.SpokenPrompt({prompt.text!r}, {prompt.transcript!r})" if isinstance(prompt, SpokenPrompt) else repr(asked[0])
+        return f"diffalign.load({str(path)!r}, pipe=pipe).sample([{tuple(asked) if named else given}])"
+    flags = [f"--{flag} {shlex.quote(str(file)) if isinstance(file, Path) else 'FILE'}" for flag, file in named.items()]
+    texts = [("prompt", text_of(prompt))] if text_of(prompt) else []
+    texts += [("transcript", prompt.transcript)] if isinstance(prompt, SpokenPrompt) else []
+    asked = [f"--{flag} {shlex.quote(text)}" for flag, text in texts]
+    return " ".join(["diffalign sample", shlex.quote(str(path)), *asked, *flags])
 
 
 def _fresh_name(plan: Plan) -> Path:
@@ -301,29 +345,3 @@ def _in_words(plan: Plan, prompts: list[Prompt], training: Training, run: Run) -
         f"{plan.method_name} on {s.pipeline} with {seen}, {what} ({size:,} weights), "
         f"{s.steps} steps, {plan.batch_in_words(count)}, guidance {s.guidance_scale:g}, {s.precision}, seed {s.seed}. Into {run.path}"
     )
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Note SIGINT and SIGTERM instead of dying of them; a second one dies at once."""
-    caught: list[int] = []
-    before: dict[int, Any] = {}
-
-    def note(signum: int, frame: Any) -> None:
-        caught.append(signum)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if failed_before():  # the launcher ends the other processes: there is no step to wait for
-            signal.raise_signal(signum)
-        say("Stopping after this step, to save. Once more stops at once, and keeps the last checkpoint.")
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
-    except ValueError:  # not the main thread: signals are not ours to take
-        before.clear()
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from diffalign.errors import InputError
+from diffalign.guard import Guard
 from diffalign.lora import LoRA
 
 LIVE = "live object"
@@ -23,7 +24,7 @@ class Settings:
     """Diffusers class of the model, such as StableDiffusionPipeline: what its own index says is held against it, and a dry run of a Hub
     model asks no network then."""
     tiny: bool = False
-    """A dry run: model and rewards with tiny random weights, few steps, prompts and data made here where they are not at hand."""
+    """A dry run: model and rewards with tiny random weights, few steps, prompts and data made here in the place of those on the Hub."""
     prompts: str | None = None
     """Training prompts: a .txt, .jsonl or .json file, shapes, animals, hf:user/dataset/file.txt, or a pipe, one prompt a line."""
     data: str | None = None
@@ -85,6 +86,7 @@ class Settings:
     fsdp: bool = False
     """With full: the processes of torchrun share the network out, with its gradients and the optimiser's states."""
     lora: LoRA = field(default_factory=LoRA)
+    guard: Guard = field(default_factory=Guard)
     steps: int = 100
     """Optimiser steps."""
     batch_size: int = 4

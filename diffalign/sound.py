@@ -97,9 +97,14 @@ def decode_wav(data: bytes, name: str) -> Sound:
     return Sound(torch.from_numpy(waveform.astype(np.float32)), rate)
 
 
+def is_wav(data: bytes) -> bool:
+    """Whether a file begins as .wav files do."""
+    return data[:4] == b"RIFF" and data[8:12] == b"WAVE"
+
+
 def _parsed(data: bytes, name: str) -> tuple[int, int, int, int, bytes]:
     """`(format, channels, rate, bits, samples)` of RIFF's chunks: the standard library's reader knows no floats."""
-    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
+    if not is_wav(data):
         raise InputError(f"{name} is no .wav file. Make one: ffmpeg -i FILE -ac 1 -c:a pcm_s16le OUT.wav")
     at, header = 12, None
     while at + 8 <= len(data):

@@ -32,6 +32,7 @@ from diffalign.types import Data, Modality, PromptField
 MOST = {"steps": 2, "batch_size": 2, "accumulate": 2, "eval_size": 2, "warmup_steps": 1}  # of the settings
 MOST_OF_METHOD = {"batches": 1, "samples": 2, "forwards": 1, "pretrain_batches": 1}
 DENOISING, SHOWN = 10, 4  # denoising steps of the method, and of pictures and evaluation
+NEVER = 1_000_000  # evaluations: random rewards fall by chance, and a dry run takes all of its steps
 COUNTED = ("inference_steps", "random_steps", "k", "first", "last")  # what counts the method's denoising steps
 TEXTS = [f"a {colour} {thing}" for colour in ("red", "blue", "grey") for thing in ("dog", "cat", "cow", "hen")]
 FILES: dict[Data, str] = {"pairs": "pairs.jsonl", "labels": "pairs.jsonl", "pictures": "pictures.jsonl", "edits": "edits.jsonl"}
@@ -40,8 +41,8 @@ FILES: dict[Data, str] = {"pairs": "pairs.jsonl", "labels": "pairs.jsonl", "pict
 def cut(plan: Plan) -> Plan:
     """The plan with few of everything that takes time: steps, batches, samples, denoising steps, pictures, examples.
 
-    Left out are what the twin cannot have (height and width, a length, a LoRA to continue) and the trackers. On a CPU it computes in fp32,
-    which is said. Everything else stays as it is.
+    Left out are the trackers, and what the twin cannot have, which is said: height and width, a length, a LoRA to continue. On a CPU it
+    computes in fp32, which is said too. Everything else stays as it is.
     """
     s, fields = plan.settings, vars(plan.method)
     fewer: dict[str, Any] = {name: min(vars(s)[name], most) for name, most in MOST.items()}
@@ -50,16 +51,21 @@ def cut(plan: Plan) -> Plan:
             if vars(s)[name] != "fp32":
                 say(f"A CPU computes the dry run in fp32, in the place of {name} {vars(s)[name]}.")
         fewer |= {"precision": "fp32", "vae_precision": "fp32"}
+    own = s.pipeline in registry.MODELS
+    absent = {} if own else {"height": s.height, "width": s.width, "audio_seconds": s.audio_seconds, "lora.init": s.lora.init}
+    if said := [f"{name} {value}" for name, value in absent.items() if value is not None]:
+        say(f"The dry run leaves out {', '.join(said)}: its tiny model is of another size.")
     settings = replace(
         s,
         **fewer,
         sample_steps=min(plan.sample_steps, SHOWN),
         sample_every=MOST["steps"],
         data_limit=min(s.data_limit or len(TEXTS), len(TEXTS)),
-        height=None,
-        width=None,
-        audio_seconds=None,
-        lora=replace(s.lora, init=None),
+        height=s.height if own else None,
+        width=s.width if own else None,
+        audio_seconds=s.audio_seconds if own else None,
+        lora=s.lora if own else replace(s.lora, init=None),
+        guard=replace(s.guard, size=MOST["batch_size"], patience=NEVER) if s.guard.rewards else s.guard,
         log=[],
     )
     smaller: dict[str, Any] = {name: min(fields[name], most) for name, most in MOST_OF_METHOD.items() if name in fields}
@@ -81,10 +87,8 @@ def in_words(settings: Settings) -> str:
 
 
 def made(settings: Settings, source: str | None) -> bool:
-    """Whether a dry run makes up what `source` names, prompts or data: it is on the Hub, or missing here."""
-    if not settings.tiny or source is None or source in (*registry.MODELS, *registry.PROMPTS):
-        return False
-    return source.startswith("hf:") or not Path(source).expanduser().exists()
+    """Whether a dry run makes up what `source` names, prompts or data: what is on the Hub. A file that is missing is an error in it too."""
+    return settings.tiny and source is not None and source.startswith("hf:")
 
 
 def prompts(takes: Sequence[PromptField]) -> list[Prompt]:

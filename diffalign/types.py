@@ -124,8 +124,17 @@ class Condition:
         return len(next(iter(self.tensors.values())))
 
     def __getitem__(self, index: Index) -> Condition:
-        null = None if self.null is None else {k: v[index] for k, v in self.null.items()}
-        return Condition({k: v[index] for k, v in self.tensors.items()}, null, self.guidance_scale)
+        there: dict[torch.device, Tensor] = {}  # the index where tensors are: some lie on the CPU beside others on a GPU
+
+        def rows(x: Tensor) -> Tensor:
+            if not isinstance(index, Tensor):
+                return x[index]
+            if x.device not in there:
+                there[x.device] = index.to(x.device)
+            return x[there[x.device]]
+
+        null = None if self.null is None else {k: rows(v) for k, v in self.null.items()}
+        return Condition({k: rows(v) for k, v in self.tensors.items()}, null, self.guidance_scale)
 
     def unguided(self) -> Condition:
         """The same without the null branch: one network call, no guidance."""
@@ -160,7 +169,7 @@ class Trajectory:
         return self.states[-1]
 
 
-Data = Literal["pairs", "trajectories", "labels", "edits", "pictures"]
+Data = Literal["pairs", "trajectories", "labels", "ratings", "edits", "pictures"]  # ratings: of rewards, no method takes them
 
 
 @dataclass(frozen=True)
@@ -362,6 +371,14 @@ class SoundReward(Reward, Protocol):
 
 
 @runtime_checkable
+class ToldReward(Reward, Protocol):
+    """A reward that somebody else says what it judges, such as a server: until it is `told`, its modality and rate are none to go by."""
+
+    @property
+    def told(self) -> bool: ...
+
+
+@runtime_checkable
 class LearnedReward(Reward, Protocol):
     """A reward with weights that it loads: `open` does so now rather than at the first call, and raises InputError where it cannot.
 
@@ -371,6 +388,42 @@ class LearnedReward(Reward, Protocol):
 
     def open(self) -> None: ...
     def tiny(self, folder: Path) -> Reward: ...
+
+
+@runtime_checkable
+class StatefulReward(Reward, Protocol):
+    """A reward that changes with what it has scored in a training. A call changes nothing, so an evaluation is of one state: `learn` does.
+
+    After each round of the training it is handed the scores (N,) of that round, of all processes in a single process's order, and so is
+    the same in each; a ComposedReward the raw scores (N, parts), NaN where a part was not asked. `state` is what a checkpoint holds:
+    tensors, numbers, strings, and lists and dicts of those; `restore` goes back to it.
+    """
+
+    def learn(self, scores: Tensor) -> None: ...
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class ComposedReward(Reward, Protocol):
+    """A reward of several parts: `total(measure(media, prompts))` is its call; `measure` gives each part's raw scores, (B,), by name.
+
+    `learns` says whether it has a state at all, `waits` that statistics are lacking before `total` can be; `presume` takes the first raw
+    scores (N, parts) for them. `check` raises InputError for a prompt that no part is for, and of a training's `whole` prompts for a part
+    that is for none; `still` are the parts without a gradient.
+    """
+
+    @property
+    def still(self) -> list[str]: ...
+    @property
+    def learns(self) -> bool: ...
+    @property
+    def waits(self) -> bool: ...
+
+    def measure(self, media: Tensor, prompts: Prompts) -> dict[str, Tensor]: ...
+    def total(self, raw: Mapping[str, Tensor]) -> Tensor: ...
+    def check(self, prompts: Prompts, whole: bool = False) -> None: ...
+    def presume(self, scores: Tensor) -> None: ...
 
 
 class Method(Protocol):

@@ -30,7 +30,8 @@ class TransformerFamily:
     """One family of pipelines; `of` makes a policy of a live one. An adapter is a value of this class.
 
     `encode(pipe, texts, tokens, device)` gives one tensor (n, ...) for each of `names`, with `tokens` of the longest encoder, by default
-    as in the pipeline's own call. `encoders` are the text encoders with their tokenizers, `spare` those that may be absent.
+    as in the pipeline's own call; those that `call` reads as numbers are `counts`, and stay on the CPU. `encoders` are the text encoders
+    with their tokenizers, `spare` those that may be absent.
     `call(pipe, x_t, t, tensors, told)` is the network's velocity, x_t and the result being (B, C, h, w) and t (B,) diffusers' timesteps.
     `size(pipe)` is the side of its own pictures, `multiple(pipe)` what sides are multiples of. `check(pipe, height, width)` raises
     InputError for what does not fit.
@@ -45,6 +46,7 @@ class TransformerFamily:
     multiple: Callable[[Any], int]
     check: Callable[[Any, int, int], None]
     names: tuple[str, ...] = ("encoder_hidden_states", "pooled_projections")
+    counts: tuple[str, ...] = ()
     size: Callable[[Any], int] = _own_size
     lora_targets: tuple[str, ...] = ATTENTION + TEXT_ATTENTION
     spare: tuple[str, ...] = ()
@@ -102,7 +104,7 @@ class TransformerFamily:
             lora_targets=list(self.lora_targets),
             network=lambda x_t, t, tensors: self.call(pipe, x_t, t, tensors, told),
             path=path,
-            texts=TextCache(encode, device, self.names, capacity=256),  # 512 tokens of T5-XXL are 8 MB a text
+            texts=TextCache(encode, device, self.names, capacity=256, on_cpu=self.counts),  # 512 tokens of T5-XXL are 8 MB a text
             encoders=self.encoders,
             guidance_scale=true_cfg_scale if self.distilled else guidance_scale,
             told=told,

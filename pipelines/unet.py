@@ -18,6 +18,7 @@ from diffalign.types import Condition, Modality, PromptField, Prompts
 
 Size = tuple[int, int]
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+IMAGE_GUIDANCE = 1.5  # by default, towards the picture that is edited
 
 
 def no_picture(pipe: Any, prompts: Prompts) -> tuple[Named, Named]:
@@ -47,7 +48,7 @@ class UNetFamily:
         pipe: Any,
         *,
         guidance_scale: float = 7.5,
-        image_guidance_scale: float = 1.5,
+        image_guidance_scale: float = IMAGE_GUIDANCE,
         negative_prompt: str | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -66,6 +67,8 @@ class UNetFamily:
         """
         if not 1 <= image_guidance_scale < float("inf"):
             raise InputError(f"image_guidance_scale is {image_guidance_scale}: give 1 (none) or more.")
+        if image_guidance_scale != IMAGE_GUIDANCE and self.takes != ("image",):
+            raise InputError(f"image_guidance_scale is for pipelines that edit pictures, and a {type(pipe).__name__} edits none. Drop it.")
         self._check(pipe)
         height, width = own_size(pipe, height, width)
         told = {"original_size": original_size, "crops_coords_top_left": crops_coords_top_left, "target_size": target_size}

@@ -20,7 +20,7 @@ def _encode(pipe: Any, texts: list[str], tokens: int, device: str | torch.device
     found, _ = pipe.encode_prompt(
         list(texts), device, do_classifier_free_guidance=False, max_sequence_length=tokens
     )  # it writes in its list
-    lengths = torch.tensor([len(words) for words in found], device=device)
+    lengths = torch.tensor([len(words) for words in found])
     return torch.stack([F.pad(words, (0, 0, 0, tokens - len(words))) for words in found]), lengths
 
 
@@ -47,6 +47,7 @@ def _check(pipe: Any, height: int, width: int) -> None:
 ZImage = TransformerFamily(
     encode=_encode,
     names=("encoder_hidden_states", "lengths"),
+    counts=("lengths",),
     call=_call,
     encoders={"text_encoder": "tokenizer"},
     tokens=512,

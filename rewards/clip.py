@@ -12,11 +12,10 @@ from torch import Tensor
 
 from diffalign.errors import InputError, nearest
 from diffalign.rewards import tiny
-from diffalign.rewards.common import DTYPES, Precision, Towers, View, Words, check_fields, towers
-from diffalign.rewards.weights import TOKENIZER, WEIGHTS, load, load_tokenizer, quiet, snapshot
+from diffalign.rewards.clips import RESAMPLING, open_towers
+from diffalign.rewards.common import DTYPES, Precision, Towers, View, check_fields
+from diffalign.rewards.weights import TOKENIZER, WEIGHTS, snapshot
 from diffalign.types import Modality, Prompts
-
-RESAMPLING: dict[int, Any] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
 @dataclass(frozen=True)
@@ -59,49 +58,12 @@ class CLIP:
     @cached_property
     def towers(self) -> Towers:
         """The networks, frozen, with what they read."""
-        import transformers
-
         folder = snapshot(self.model, self.revision, self.checkpoint, "checkpoint", [*WEIGHTS, *TOKENIZER])
-        kinds = {
-            "clip": (transformers.CLIPModel, transformers.CLIPTokenizer),
-            "siglip": (transformers.SiglipModel, transformers.AutoTokenizer),
-        }
-        try:
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        except Exception as error:
-            raise InputError(f"{folder} holds no model that transformers knows: {' '.join(str(error).split())[:200]}") from error
-        if config.model_type not in kinds:
-            raise InputError(f"The model in {folder} is of the type '{config.model_type}': this reward takes {' and '.join(kinds)}.")
-        model_class, tokenizer_class = kinds[config.model_type]
-        model = load(model_class, folder, DTYPES[self.precision])
-        size = config.text_config.vocab_size
-        tokenizer = load_tokenizer(tokenizer_class, folder, size, at_least=size // 2)
-        words = Words(tokenizer, config.text_config.max_position_embeddings, "clip")
-        return towers(model, words, _view(folder))
+        return open_towers(folder, DTYPES[self.precision])
 
     def tiny(self, folder: Path) -> CLIP:
         """The same reward with a tiny random CLIP, which is written into `folder` as the real one lies on the Hub."""
         return replace(self, checkpoint=tiny.save_clip(folder, tiny.clip("quick_gelu")))
-
-
-def _view(folder: Path) -> View:
-    """How the model's processor prepares pictures. Raises InputError for what is not known here."""
-    from transformers import AutoImageProcessor
-
-    try:
-        with quiet():
-            said = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise InputError(f"The picture processor in {folder} does not load: {' '.join(str(error).split())[:200]}") from error
-    size, cut = said.size, said.crop_size if said.do_center_crop else None
-    known = said.do_resize and said.do_rescale and said.do_normalize and int(said.resample) in RESAMPLING
-    mode: Any = RESAMPLING.get(int(said.resample))
-    mean, std = tuple(said.image_mean), tuple(said.image_std)
-    if known and cut is not None and size.shortest_edge == cut.height == cut.width:
-        return View(cut.height, "crop", mode, mean, std)
-    if known and cut is None and size.height is not None and size.height == size.width:
-        return View(size.height, "squash", mode, mean, std)
-    raise InputError(f"The processor in {folder} prepares pictures in a way that this reward does not know: {said.to_dict()}.")
 
 
 @dataclass(frozen=True)

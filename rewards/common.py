@@ -55,7 +55,7 @@ class View:
 
     size: int = 224
     how: Literal["crop", "pad", "squash"] = "crop"
-    mode: Literal["bicubic", "bilinear"] = "bicubic"
+    mode: Literal["bicubic", "bilinear", "area"] = "bicubic"
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
     rounds: bool = False
@@ -83,6 +83,8 @@ class View:
     def _resize(self, media: Tensor, height: int, width: int) -> Tensor:
         if media.shape[-2:] == (height, width):
             return media
+        if self.mode == "area":
+            return F.interpolate(media, (height, width), mode="area")
         return F.interpolate(media, (height, width), mode=self.mode, align_corners=False, antialias=True)
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import InputError
-from diffalign.rewards import tiny
+from diffalign.rewards import packages, tiny
 from diffalign.rewards.common import DTYPES, Precision, Towers, View, Words, check_fields, towers
+from diffalign.rewards.packages import Backend, check_backend
 from diffalign.rewards.weights import TOKENIZER, Source, build, convert, count, fetch, load_tokenizer, read_weights, require, snapshot
 from diffalign.types import Modality, Prompts
 
@@ -43,24 +44,39 @@ class HPS:
     """Of the networks; cosines are fp32."""
     batch_size: int = 8
     """Pictures that go through the network at once."""
+    backend: Backend = "native"
+    """`package`: the authors' package hpsv2 scores, 8-bit pictures one by one and without a gradient."""
 
-    differentiable: ClassVar[bool] = True
     modality: ClassVar[Modality] = "image"
     range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
     resolution: ClassVar[int] = 224
 
     def __post_init__(self) -> None:
         check_fields(self.precision, self.batch_size)
+        check_backend(self.backend, tokenizer=self.tokenizer, bf16=self.precision == "bf16")
         if self.version not in FILES:
             raise InputError(f"version is {self.version}: give {' or '.join(FILES)}.")
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether the gradient reaches the images: the package's own way of scoring has none."""
+        return self.backend == "native"
+
     def __call__(self, media: Tensor, prompts: Prompts) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] and B prompts to (B,) in [-1, 1]; the gradient reaches the images."""
+        """Images (B, 3, H, W) in [0, 1] and B prompts to (B,) in [-1, 1]; with the native back end the gradient reaches the images."""
+        if self.backend == "package":
+            return packages.score(self.original, media, prompts)
         return self.towers.cosine(media, prompts, self.batch_size)
 
     def open(self) -> None:
         """Load the weights, now rather than at the first call. Raises InputError where they cannot be had."""
-        _ = self.towers
+        _ = self.towers if self.backend == "native" else self.original
+
+    @cached_property
+    def original(self) -> packages.Scorer:
+        """The authors' package with the checkpoint."""
+        packages.imported("hpsv2", "hpsv2.src.open_clip")  # before the download
+        return packages.hps(fetch(REPO, FILES[self.version], self.revision, self.checkpoint, self.sha256))
 
     @cached_property
     def towers(self) -> Towers:
@@ -82,6 +98,7 @@ class HPS:
 
     def tiny(self, folder: Path) -> HPS:
         """The same reward with tiny random weights, which are written into `folder` as the real ones lie on the Hub."""
+        packages.refuse_twin(self.backend)
         tiny.clip_tokenizer(folder)
         weights = tiny.unconverted(tiny.clip(head=VISION_HEAD).state_dict(), source_of)
         torch.save({"state_dict": weights}, folder / FILES[self.version])

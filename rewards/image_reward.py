@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from diffalign.cache import TextCache
 from diffalign.errors import InputError
-from diffalign.rewards import tiny
+from diffalign.rewards import packages, tiny
 from diffalign.rewards.common import DTYPES, Precision, View, Words, check_fields, check_pictures, in_chunks
+from diffalign.rewards.packages import Backend, check_backend
 from diffalign.rewards.weights import (
     TOKENIZER,
     Source,
@@ -50,9 +51,13 @@ class Judge:
 
     def score(self, media: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Images (n, 3, H, W) in [0, 1] and tokens (n, 35) to (n,)."""
+        return self.rate(self.view(media), ids, mask)
+
+    def rate(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Pixels (n, 3, 224, 224), resized and normalised, and tokens (n, 35) to (n,)."""
         networks: Any = self.networks
         vision, text, head = (networks[name] for name in ("vision", "text", "head"))
-        seen = vision(pixel_values=self.view(media).to(vision.dtype)).last_hidden_state
+        seen = vision(pixel_values=pixels.to(vision.dtype)).last_hidden_state
         read = text(input_ids=ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state
         return (head(read[:, 0].float())[:, 0] - MEAN) / STD
 
@@ -73,17 +78,26 @@ class ImageReward:
     """Of the encoders; the head is fp32."""
     batch_size: int = 8
     """Pictures that go through the network at once."""
+    backend: Backend = "native"
+    """`package`: the authors' package image-reward scores, 8-bit pictures one by one and without a gradient."""
 
-    differentiable: ClassVar[bool] = True
     modality: ClassVar[Modality] = "image"
     range: ClassVar[tuple[float, float]] = (float("-inf"), float("inf"))
     resolution: ClassVar[int] = 224
 
     def __post_init__(self) -> None:
         check_fields(self.precision, self.batch_size)
+        check_backend(self.backend, bf16=self.precision == "bf16")
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether the gradient reaches the images: the package's own way of scoring has none."""
+        return self.backend == "native"
 
     def __call__(self, media: Tensor, prompts: Prompts) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] and B prompts to (B,); the gradient reaches the images."""
+        """Images (B, 3, H, W) in [0, 1] and B prompts to (B,); with the native back end the gradient reaches the images."""
+        if self.backend == "package":
+            return packages.score(self.original, media, prompts)
         check_pictures(media, prompts)
         judge = self.judge
         judge.networks.to(media.device)
@@ -93,7 +107,14 @@ class ImageReward:
 
     def open(self) -> None:
         """Load the weights, now rather than at the first call. Raises InputError where they cannot be had."""
-        _ = self.judge
+        _ = self.judge if self.backend == "native" else self.original
+
+    @cached_property
+    def original(self) -> packages.Scorer:
+        """The authors' package with the checkpoint."""
+        packages.imported("image-reward", "ImageReward")  # before the download
+        checkpoint = fetch(REPO, FILE, self.revision, self.checkpoint, self.sha256)
+        return packages.image_reward(checkpoint, snapshot(TOKENIZER_REPO, "main", self.tokenizer, "tokenizer", TOKENIZER))
 
     @cached_property
     def judge(self) -> Judge:
@@ -139,6 +160,7 @@ class ImageReward:
         """The same reward with tiny random weights, which are written into `folder` as the real ones lie on the Hub."""
         from transformers import BlipTextModel, BlipVisionModel
 
+        packages.refuse_twin(self.backend)
         size = len(tiny.bert_tokenizer(folder)) + 2
         vision_config, text_config = configs(
             vision=128, vision_inner=256, vision_layers=2, text=64, text_inner=128, text_layers=2, tokens=size

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from diffalign import edits, shapes
 from diffalign.errors import InputError
-from diffalign.rewards.weights import quiet
+from diffalign.notices import quiet
 from diffalign.types import Prompts
 
 SCORER = Path(shapes.__file__).parent / "assets" / "shapes" / "scorer"

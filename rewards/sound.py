@@ -50,7 +50,7 @@ class Loudness:
 class Silence:
     """Minus the share of frames that are silent, from -1 to 0: a model that fills its sounds has 0."""
 
-    threshold: float = -50.0
+    below: float = -50.0
     """A frame is silent below this level: root mean square in dBFS."""
     frame: int = 20
     """Length of a frame in ms."""
@@ -61,8 +61,8 @@ class Silence:
     range: ClassVar[tuple[float, float]] = (-1.0, 0.0)
 
     def __post_init__(self) -> None:
-        if not -100 < self.threshold <= 0:
-            raise InputError(f"reward.threshold is {self.threshold}: give dBFS, above -100, to 0.")
+        if not -100 < self.below <= 0:
+            raise InputError(f"reward.below is {self.below}: give dBFS, above -100, to 0.")
         if not 1 <= self.frame <= 1000:
             raise InputError(f"reward.frame is {self.frame}: give 1 to 1000 ms.")
 
@@ -71,4 +71,4 @@ class Silence:
         check(media, "silence")
         length = 16 * self.frame
         whole = max(1, media.shape[1] // length) * length  # what is left over at the end is no frame
-        return -(level(fit(media, whole).unflatten(1, (-1, length))) < self.threshold).float().mean(1)
+        return -(level(fit(media, whole).unflatten(1, (-1, length))) < self.below).float().mean(1)

@@ -1,17 +1,20 @@
-"""Tiny twins: networks of some thousand random weights and their tokenizers, as the real ones lie on disk, for tests and dry runs."""
+"""Tiny twins for tests and dry runs: servers, and networks of some thousand random weights, as the real ones lie on disk."""
 
 from __future__ import annotations
 
 import json
 import string
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from diffalign.rewards.weights import Source, quiet
+from diffalign.notices import quiet
+from diffalign.rewards.weights import Source
 
 T = TypeVar("T")
 LETTERS = string.ascii_lowercase + string.digits
@@ -22,6 +25,31 @@ def seeded(make: Callable[[], T]) -> T:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return make()
+
+
+def server(answer: Callable[[str, Any], Any]) -> str:
+    """The address of an HTTP server in this process, as long as it lives: `answer(path, body)` of JSON, the body None where it is a GET."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.reply(answer(self.path, None))
+
+        def do_POST(self) -> None:
+            self.reply(answer(self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+
+        def reply(self, said: Any) -> None:
+            data = json.dumps(said).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Nothing: standard error is the run's."""
+
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=listening.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{listening.server_port}"
 
 
 def clip_tokenizer(folder: Path) -> Any:

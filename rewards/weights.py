@@ -7,8 +7,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffalign.errors import InputError
+from diffalign.notices import quiet
 
 WEIGHTS = ["*.json", "model.safetensors", "model-*.safetensors"]
 TOKENIZER = ["tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "*.model"]
@@ -237,22 +237,6 @@ def linears(weights: Mapping[str, Tensor], prefix: str, what: str, path: Path) -
     with torch.device("meta"):
         stack = nn.Sequential(*(nn.Linear(int(size[-1]), int(size[0])) for size in sizes))
     return stack, lambda name: Source(re.sub(r"^(\d+)", lambda found: f"{prefix}{numbers[int(found[1])]}", name))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' loading bars and its notices of packages that nobody asked for."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _said(error: BaseException) -> str:

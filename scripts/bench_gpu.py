@@ -36,13 +36,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffalign
 from diffalign.config import resolve
-from diffalign.data import PromptList
 from diffalign.loop import prepare, train
-from diffalign.models import device_of, make_policy, prepare_to_train
+from diffalign.models import adapter_of, device_of, make_policy, network_of, prepare_to_train
+from diffalign.peaks import peak_memory_mb
 from diffalign.processes import make_accelerator
-from diffalign.run import peak_memory_mb, versions
+from diffalign.run import versions
 from diffalign.sampling import ddim, rollout
 from diffalign.settings import LIVE, Settings
+from diffalign.streams import PromptList
 from diffalign.types import Examples, Policy, Prompts
 
 Config = Mapping[str, Any]
@@ -52,14 +53,9 @@ PROMPTS = [f"a {colour} {thing}" for colour in ("red", "blue", "grey", "black") 
 CLIP: Config = dict(vocab_size=49408, max_position_embeddings=77, bos_token_id=0, eos_token_id=1, pad_token_id=1)
 CLIP_L: Config = dict(CLIP, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
 CLIP_G: Config = dict(CLIP, hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280)
-TINY_CLIP: Config = dict(CLIP, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, projection_dim=16)
 VAE: Config = dict(
     block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
     up_block_types=("UpDecoderBlock2D",) * 4,
-)  # fmt: skip
-TINY_VAE: Config = dict(
-    block_out_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
-    up_block_types=("UpDecoderBlock2D",) * 2,
 )  # fmt: skip
 BETAS: Config = dict(
     beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
@@ -108,32 +104,6 @@ MODELS = {
             joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048, pos_embed_max_size=192,
         ),
         dict(VAE, **FLOW_VAE, sample_size=1024), (CLIP_L, CLIP_G), 4,
-    ),
-}  # fmt: skip
-TINY_UNET: Config = dict(
-    sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=8,
-)  # fmt: skip
-TINY = {
-    "sd15": Model(
-        "Stable Diffusion, tiny", "StableDiffusionPipeline", dict(TINY_UNET, cross_attention_dim=16), dict(TINY_VAE, sample_size=16),
-        (TINY_CLIP,), 2,
-    ),
-    "sdxl": Model(
-        "Stable Diffusion XL, tiny", "StableDiffusionXLPipeline",
-        dict(
-            TINY_UNET, **ADDED, cross_attention_dim=32, addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16,
-            transformer_layers_per_block=(1, 2),
-        ),
-        dict(TINY_VAE, sample_size=16), (TINY_CLIP, TINY_CLIP), 2,
-    ),
-    "sd3": Model(
-        "Stable Diffusion 3, tiny", "StableDiffusion3Pipeline",
-        dict(
-            sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-            joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, pos_embed_max_size=8,
-        ),
-        dict(TINY_VAE, **FLOW_VAE, sample_size=16), (TINY_CLIP, TINY_CLIP), 2,
     ),
 }  # fmt: skip
 
@@ -326,15 +296,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     for name in chosen.models:
-        model = (TINY if tiny else MODELS)[name]
-        pipe, size = build(model, device), chosen.batch_size or model.batch_size
+        model = MODELS[name]
+        pipe = adapter_of(model.pipeline).tiny() if tiny else build(model, device)
+        size = chosen.batch_size or (2 if tiny else model.batch_size)
+        side = getattr(pipe, network_of(pipe)).config.sample_size * pipe.vae_scale_factor
         for task in chosen.tasks:
             cell = measure(task, pipe, size, steps, device, chosen.seconds, 1 if tiny else chosen.repeats)
             gc.collect()
             torch.cuda.empty_cache()
             cell |= {} if "error" in cell else {"share": cell["tflop_per_second"] * 1e12 / rate}
-            side, denoising = model.vae["sample_size"], "" if task == "diffusion-dpo" else steps
-            row = {"model": name, "title": model.title, "task": task, "pixels": f"{side} x {side}", "batch_size": size}
+            denoising = "" if task == "diffusion-dpo" else steps
+            row = {"model": name, "title": model.title + ", tiny" * tiny, "task": task, "pixels": f"{side} x {side}", "batch_size": size}
             report["rows"].append({**row, "denoising_steps": denoising, **cell})
             # written after every cell: a lent machine may go away
             (chosen.output / "bench-gpu.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -26,9 +26,10 @@ import torch
 from diffalign.config import Plan
 from diffalign.contract import CheckedReward, FunctionReward
 from diffalign.lora import LoRA
-from diffalign.memory import Trial, expected, taken
+from diffalign.memory import Trial, expected
 from diffalign.methods.draft import DRaFT
 from diffalign.models import load_pipeline, make_policy, prepare_to_train
+from diffalign.peaks import taken
 from diffalign.settings import Settings
 
 CASES: dict[str, dict[str, Any]] = {

@@ -28,11 +28,12 @@ from torch.utils.checkpoint import checkpoint
 
 import diffalign
 from diffalign.config import Plan, resolve
-from diffalign.data import PromptList, read_prompts, text_of
+from diffalign.data import read_prompts, text_of
 from diffalign.inputs import open_data
 from diffalign.loop import prepare, train
 from diffalign.models import load_pipeline, make_policy, prepare_to_train
 from diffalign.processes import make_accelerator
+from diffalign.streams import PromptList
 from diffalign.types import Prompts
 
 

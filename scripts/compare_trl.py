@@ -140,10 +140,10 @@ def trl_epochs(model: Path, gradient_steps: int | None) -> Callable[[], Any]:
 def diffalign_epochs(model: Path, gradient_steps: int | None) -> Callable[[], Any]:
     from diffalign.config import resolve
     from diffalign.contract import reward
-    from diffalign.data import PromptList
     from diffalign.loop import prepare, train
     from diffalign.models import make_policy
     from diffalign.processes import make_accelerator
+    from diffalign.streams import PromptList
 
     brightness = reward(differentiable=True)(lambda images, prompts: images.mean((1, 2, 3)))
     ddpo = {"name": "ddpo", "inference_steps": STEPS, "batches": 1, "updates": 1, "advantage": "global"}

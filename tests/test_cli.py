@@ -18,6 +18,7 @@ from PIL import Image
 
 from diffalign.cli import main
 from diffalign.errors import InputError
+from diffalign.flags import SWITCHES
 from diffalign.settings import Settings
 
 
@@ -153,6 +154,41 @@ def test_words_that_belong_to_no_flag(run_cli: Any) -> None:
     assert yaml.safe_load(run_cli("train", "--full", "--steps", 3, "--print-config").out)["full"] is True
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--original-size", "abc"), "original_size is ['abc']: give a list with 2 elements or null."),
+        (("--original-size", 3, "x"), "original_size is [3, 'x'], and of that x does not fit: give a whole number."),
+        (("--betas", 0.1, "x"), "betas is x: give a number."),
+        (("--lora.target-modules", 3), "lora.target_modules is [3], and of that 3 does not fit: give text."),
+    ],
+)
+def test_values_of_lists_that_do_not_fit(flags: tuple[Any, ...], says: str, run_cli: Any) -> None:
+    outcome = run_cli("train", *flags)
+    assert (outcome.status, outcome.err) == (2, f"error: {says}\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (
+            ("train", "--resume", "runs/a", "--memory-budget", 5),
+            "--memory-budget: a run that is resumed keeps its settings, but for --steps.",
+        ),
+        (("train", "--resume", "runs/a", "--method.k=3"), "diffalign train --config runs/a/config.yaml --method.k=3"),
+        (("train", "--resume", "runs/a", "--steps", "x"), "Argument --steps: invalid int value: 'x'. See: diffalign train --help"),
+        (("sample",), "The following arguments are required: run, --prompt. See: diffalign sample --help"),
+        (("eval", "runs/a", "--rewards", "x"), "Unrecognized arguments: --rewards x. See: diffalign eval --help"),
+    ],
+)
+def test_flags_that_a_command_does_not_take(command: tuple[Any, ...], says: str, run_cli: Any) -> None:
+    outcome = run_cli(*command)
+    assert outcome.status == 2
+    assert says in outcome.err
+    assert outcome.err.startswith("error: ")
+    assert outcome.err.count("\n") == 1
+
+
 @pytest.mark.parametrize("field", [field for field in fields(Settings) if re.search("int|float", str(field.type))], ids=lambda f: f.name)
 def test_no_number_is_nan(field: Any) -> None:
     nan = float("nan")
@@ -196,6 +232,14 @@ def test_train_help_has_the_flags_of_the_named_method_with_dashes(run_cli: Any) 
     assert "--method.inference-steps" in text
     assert "--batch-size" in text
     assert "_size" not in text.split("Training:")[0]
+
+
+@pytest.mark.parametrize("command", [("train", "--method", "draft"), ("train", "--method", "diffusion-dpo"), ("pairs",)])
+def test_help_shows_what_may_stand_alone_alone(run_cli: Any, command: tuple[str, ...]) -> None:
+    text = run_cli(*command, "--help").out
+    shown = [flag for flag in SWITCHES if re.search(rf"^  {flag.replace('_', '-')}( {{3,}}[A-Z]|$)", text, re.MULTILINE)]
+    assert len(shown) == {"draft": 8, "diffusion-dpo": 8, "pairs": 3}[command[-1]]
+    assert "{true,false}" not in text
 
 
 def test_print_config_is_a_config(run_cli: Any, tmp_path: Path) -> None:

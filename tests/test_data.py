@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from torch import Generator
 
-from diffalign.data import PromptList, Stream, check_prompts, hold_out, read_prompts
+from diffalign.data import check_prompts, hold_out, read_prompts
 from diffalign.errors import InputError
+from diffalign.streams import PromptList, Stream
 
 
 def test_files(tmp_path: Path) -> None:

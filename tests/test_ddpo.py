@@ -329,4 +329,8 @@ def test_a_constant_reward_takes_no_step_and_ends_in_an_error():
         assert list(ddpo().losses(a_toy(), constant, PROMPTS, context)) == []
     with pytest.raises(InputError, match="In 10 rounds on end no two samples"):
         list(ddpo().losses(a_toy(), constant, PROMPTS, context))
-    assert list(ddpo(kl_weight=0.1).losses(a_toy(), constant, PROMPTS, a_context(PROMPTS))), "the KL has a gradient of its own"
+    held, context = ddpo(kl_weight=0.1), a_context(PROMPTS)
+    for _ in range(9):
+        assert list(held.losses(a_toy(), constant, PROMPTS, context)), "the KL has a gradient of its own"
+    with pytest.raises(InputError, match="In 10 rounds on end no two samples"):
+        list(held.losses(a_toy(), constant, PROMPTS, context))

@@ -25,7 +25,6 @@ from diffalign import session
 from diffalign import tiny as dry_run
 from diffalign.cli import main
 from diffalign.config import resolve
-from diffalign.data import PromptList, Stream
 from diffalign.errors import InputError
 from diffalign.inputs import open_data
 from diffalign.methods.alignprop import AlignProp
@@ -43,6 +42,7 @@ from diffalign.noise import draw_noise
 from diffalign.processes import make_accelerator
 from diffalign.settings import Settings
 from diffalign.shards import Shared, draw_rows, everyone, everyones_prompts, held, own
+from diffalign.streams import PromptList, Stream
 from diffalign.types import ALONE, Context, Examples, Method, Processes, Prompts
 
 # --- rows ---

@@ -338,3 +338,14 @@ def test_the_defaults_are_the_authors():
     assert (method.policy_steps, method.value_steps, method.value_batch, method.value_learning_rate) == (5, 5, 256, 1e-4)
     assert (settings["learning_rate"], settings["max_grad_norm"], settings["guidance_scale"]) == (1e-5, 0.1, 7.5)
     assert settings["lora"] == {"rank": 4}
+
+
+def test_a_constant_reward_ends_in_an_error_and_rounds_of_one_sample_are_compared_with_one_another():
+    constant, context = reward(differentiable=False)(lambda media, prompts: torch.ones(len(media))), a_context(PROMPTS)
+    for _ in range(9):
+        assert list(dpok().losses(a_toy(), constant, PROMPTS, context)), "the KL has a gradient of its own"
+    with pytest.raises(InputError, match=r"In 10 rounds on end no two samples .* Is it constant"):
+        list(dpok().losses(a_toy(), constant, PROMPTS, context))
+    one, context = dpok(batches=1, baseline="none"), a_context(PROMPTS[:1])
+    for _ in range(12):
+        assert list(one.losses(a_toy(), nearness, PROMPTS[:1], context))

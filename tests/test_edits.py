@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from diffalign import edits, shapes
-from diffalign.data import PicturePrompt, PromptList, batch_of, check_prompts, hold_out, read_file, read_prompts, write_file
+from diffalign.data import PicturePrompt, batch_of, check_prompts, hold_out, read_file, read_prompts, write_file
 from diffalign.edits import Edit
 from diffalign.errors import InputError
 from diffalign.media import data_uri, to_pil
@@ -23,6 +23,7 @@ from diffalign.pipelines.instruct_pix2pix import InstructPix2Pix
 from diffalign.pipelines.stable_diffusion import StableDiffusion
 from diffalign.rewards.shapes import ShapesEditChecker, ShapesEditCLIP
 from diffalign.shapes import Scene
+from diffalign.streams import PromptList
 from diffalign.types import Prompts
 
 ONE, TWO = Scene(1, "large", "green", "circle", "white"), Scene(2, "small", "red", "cross", "blue")

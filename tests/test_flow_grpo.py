@@ -101,11 +101,29 @@ def test_the_ratio_of_the_first_pass_is_1_to_the_last_bit_on_a_pipeline(make: st
         assert loss.value.requires_grad
 
 
-def test_a_drawn_window_lies_in_the_first_half_and_begins_anywhere_in_it():
-    method, context = flow_grpo("flow-grpo-fast", inference_steps=10), a_context(PROMPTS)
-    windows = [method._window(context.rng) for _ in range(200)]
-    assert {(w.start, w.stop) for w in windows if isinstance(w, range)} == {(i, i + 2) for i in range(4)}
-    policy = a_toy()
+@pytest.mark.parametrize(
+    ("window_range", "begins"),
+    [(None, range(4)), ((0, 5), range(4)), ((0, 10), range(8)), ((3, 7), range(3, 6)), ((4, 6), range(4, 5)), ((8, 10), range(8, 9))],
+)
+def test_a_drawn_window_lies_in_its_range_and_begins_anywhere_in_it(window_range: tuple[int, int] | None, begins: range):
+    """By default in the first half; never on the last step of a flow, which is no action, unless it is told to begin just before."""
+    method, context = flow_grpo("flow-grpo-fast", inference_steps=10, window_range=window_range), a_context(PROMPTS)
+    windows = [method._window(a_toy(), context.rng) for _ in range(200)]
+    assert {(w.start, w.stop) for w in windows if isinstance(w, range)} == {(i, i + 2) for i in begins}
+
+
+@pytest.mark.parametrize("window_range", [(0, 1), (-1, 4), (0, 11), (5, 5), (9, 3)])
+def test_a_range_that_holds_no_window_is_an_error(window_range: tuple[int, int]):
+    with pytest.raises(
+        InputError, match=r"method.window_range is .*: give two steps from 0 to 10, 2 \(method.random_steps\) or more apart"
+    ):
+        flow_grpo("flow-grpo-fast", inference_steps=10, window_range=window_range)
+    with pytest.raises(InputError, match=r"where a drawn window may lie: give method.window drawn"):
+        flow_grpo("flow-grpo", window_range=(0, 5))
+
+
+def test_steps_outside_a_drawn_window_are_not_random():
+    method, policy = flow_grpo("flow-grpo-fast", inference_steps=10), a_toy()
     for begin in range(4):
         taken = the_round(policy, method, random_steps=range(begin, begin + 2))
         assert taken.steps.tolist() == [begin, begin + 1]

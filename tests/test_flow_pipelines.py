@@ -11,72 +11,28 @@ import diffusers
 import pytest
 import tiny
 import torch
+from parity import STEPS, own_pictures, perturb, pictures, run, trainable
+from parity import policy_of as a_policy
 from torch import Generator, Tensor
 
 import diffalign
 from diffalign import registry
+from diffalign.cache import TextCache
 from diffalign.errors import InputError
 from diffalign.lora import LoRA
 from diffalign.media import to_pil
-from diffalign.models import adapter_of, make_policy
-from diffalign.sampling import ddim, flow_sde, rollout, transition
+from diffalign.models import make_policy
+from diffalign.sampling import ddim, flow_sde, rollout
 from diffalign.settings import Settings
-from diffalign.types import Condition, Policy, Prompts, Trajectory
+from diffalign.types import Condition, Policy, Prompts
 
 PROMPTS = Prompts(("a red fox", "two cats"))
-STEPS = 4
 DYNAMIC = {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 32}
 
 
 @pytest.fixture(params=sorted(tiny.FLOWS))
 def make(request: pytest.FixtureRequest) -> Any:
     return tiny.FLOWS[request.param]
-
-
-def a_policy(pipe: Any, lora: LoRA | None = None, **options: Any) -> Any:
-    """With classifier-free guidance of 4, which FLUX calls true."""
-    guided = {"guidance_scale": 3.5, "true_cfg_scale": 4.0} if type(pipe).__name__ == "FluxPipeline" else {"guidance_scale": 4.0}
-    policy = adapter_of(type(pipe).__name__).of(pipe, **{**guided, "max_sequence_length": 12, **options})
-    if lora is not None:
-        policy.adapt(lora)
-    return policy
-
-
-def run(policy: Any, prompts: Prompts = PROMPTS, steps: int = STEPS, kernel: Any = None, **options: Any) -> Trajectory:
-    rng = Generator().manual_seed(0)
-    return rollout(policy, policy.encode(prompts), steps=steps, kernel=kernel or flow_sde(0), rng=rng, **options)
-
-
-@torch.no_grad()
-def pictures(policy: Any, prompts: Prompts = PROMPTS, **options: Any) -> Tensor:
-    return policy.decode(run(policy, prompts, **options).final)
-
-
-@torch.no_grad()
-def own_pictures(policy: Any, pipe: Any = None, steps: int = STEPS, **options: Any) -> Tensor:
-    """What `pipe`, by default the policy's own, makes of the prompts by itself, from the same noise."""
-    pipe = pipe or policy.pipe
-    latents = policy.prior(policy.encode(PROMPTS), Generator().manual_seed(0))
-    given: dict[str, Any] = {"guidance_scale": policy.guidance_scale}
-    if type(pipe).__name__ == "FluxPipeline":
-        latents = pipe._pack_latents(latents, *latents.shape)
-        given = {"guidance_scale": policy.told or 1.0, "true_cfg_scale": policy.guidance_scale}
-    if type(pipe).__name__ == "ZImagePipeline":
-        given = {"guidance_scale": policy.guidance_scale - 1}  # which it adds to 1
-    given |= {"negative_prompt": [policy.negative_prompt] * len(PROMPTS), "height": policy.height, "width": policy.width}
-    given |= {"max_sequence_length": policy.tokens, "num_inference_steps": steps, "latents": latents, "output_type": "pt"}
-    return pipe(list(PROMPTS.text), **{**given, **options}).images
-
-
-def trainable(policy: Any) -> list[Tensor]:
-    return [p for p in policy.module.parameters() if p.requires_grad]
-
-
-@torch.no_grad()
-def perturb(policy: Any, scale: float = 0.3) -> None:
-    rng = Generator().manual_seed(7)
-    for p in trainable(policy):
-        p.add_(scale * torch.randn(p.shape, generator=rng))
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:
@@ -160,12 +116,6 @@ def test_the_same_generator_gives_the_pipelines_own_noise(make: Any):
     close(pictures(policy), own_pictures(policy, latents=None, generator=Generator().manual_seed(0)))
 
 
-def test_what_is_asked_for_matters(make: Any):
-    policy = a_policy(make())
-    other = pictures(policy, Prompts(("a red cow", "two hens")))
-    assert (other - pictures(policy)).abs().flatten(1).amax(1).min() > 1e-3
-
-
 def test_guidance_is_one_batched_call_a_step(make: Any):
     sizes, policy = list[int](), a_policy(make())
     handle = policy.module.register_forward_pre_hook(
@@ -177,57 +127,25 @@ def test_guidance_is_one_batched_call_a_step(make: Any):
     assert sizes == [4] * STEPS + [2] * 2
 
 
-def test_decode_is_differentiable_to_the_latents(make: Any):
-    policy = a_policy(make())
-    latents = (3 * torch.randn(2, 4, 8, 8)).requires_grad_()
-    images = policy.decode(latents)
-    assert images.shape == (2, 3, 16, 16)
-    assert torch.equal(images, images.clamp(0, 1))
-    gradient = torch.autograd.grad(images.square().sum(), latents)[0]
-    assert gradient.isfinite().all()
-    assert (gradient.flatten(1) != 0).any(1).all()
-    posterior = policy.pipe.vae.encode(images * 2 - 1).latent_dist.mode()
-    torch.testing.assert_close(policy.embed(images), (posterior - 0.0609) * 1.5305)
-
-
-def test_a_condition_is_sliced_and_joined_with_its_null_branches(make: Any):
-    policy, rows = a_policy(make()), torch.tensor([1, 0, 1])
-    whole = policy.encode(PROMPTS)
-    x_t, at = policy.prior(whole, Generator().manual_seed(0)), policy.path.schedule(4).now[1]
-    expected = policy.predict(x_t, at, whole)[rows]
-    torch.testing.assert_close(policy.predict(x_t[rows], at, whole[rows]), expected)
-    torch.testing.assert_close(policy.predict(x_t[rows], at, Condition.join([whole[[1]], whole])), expected)
-
-
-def test_text_is_encoded_once_and_kept_on_a_shelf(make: Any, tmp_path: Path):
-    first, second, calls = a_policy(make()), a_policy(make()), list[int]()
-    for policy in (first, second):
+def test_another_length_of_text_has_a_shelf_of_its_own(make: Any, tmp_path: Path):
+    folders = set[Path]()
+    for tokens in (12, 11):
+        policy = a_policy(make(), max_sequence_length=tokens)
         policy.shelve(tmp_path)
-        encode = policy.texts.encode
-        policy.texts.encode = lambda texts, encode=encode: (calls.append(len(texts)), encode(texts))[1]
-    conditions = [policy.encode(PROMPTS) for policy in (first, first, second)]
-    assert calls == [8, 8], "the prompts, and the empty one, by the first alone"
-    for condition in conditions[1:]:
-        for name, value in conditions[0].tensors.items():
-            assert torch.equal(condition.tensors[name], value)
-            assert torch.equal((condition.null or {})[name], (conditions[0].null or {})[name])
-    longer = a_policy(make(), max_sequence_length=11)
-    longer.shelve(tmp_path)
-    assert longer.texts.shelf.folder != first.texts.shelf.folder, "another length of text is another embedding"
+        folders.add(policy.texts.shelf.folder)
+    assert len(folders) == 2, "another embedding"
 
 
-@pytest.mark.parametrize("a", [0.7, 1.0])
-def test_a_replayed_step_has_the_same_log_probability(make: Any, a: float):
-    policy = a_policy(make(), LoRA(rank=2))
-    perturb(policy)
-    with torch.no_grad():
-        taken = run(policy, kernel=flow_sde(a))
-    assert taken.actions.all()
-    for i in range(STEPS):
-        action = transition(policy, taken.states[i], taken.schedule.now[i], taken.schedule.then[i], taken.condition, flow_sde(a))
-        log_prob = action.log_prob(taken.states[i + 1])
-        assert torch.equal(log_prob, taken.log_probs[i]), "with a graph and without: ratio exactly 1"
-        assert log_prob.requires_grad
+def test_what_the_network_reads_as_numbers_stays_on_the_cpu():
+    """Z-Image's lengths of texts: read from a GPU they would hold up every call of the network."""
+    assert a_policy(tiny.z_image()).texts.on_cpu == ("lengths",)
+    cache = TextCache(lambda texts: (torch.ones(len(texts), 3), torch.arange(len(texts))), "meta", ("x", "lengths"), on_cpu=("lengths",))
+    condition = Condition(cache(["a", "b", "c"]), cache(["", "", ""]))
+    for index in (torch.tensor([2, 0]), [2, 0]):
+        part = condition[index]
+        assert {name: value.device.type for name, value in part.tensors.items()} == {"x": "meta", "lengths": "cpu"}
+        assert part.tensors["x"].shape == (2, 3)
+        assert part.tensors["lengths"].tolist() == [2, 0]
 
 
 def test_a_pipeline_with_gradient_checkpointing_has_the_same_gradient(make: Any):
@@ -257,39 +175,6 @@ def test_a_new_lora_is_on_every_attention_of_both_streams(make: Any):
     assert not any(p.requires_grad for module in encoders for p in module.parameters())
 
 
-def test_the_saved_lora_loads_through_the_pipelines_own_method(make: Any, tmp_path: Path):
-    policy = a_policy(make(), LoRA(rank=2, alpha=5))
-    base = own_pictures(policy)
-    perturb(policy)
-    with policy.reference():
-        close(pictures(policy), base)
-    policy.save(tmp_path)
-    pipe = make()
-    pipe.load_lora_weights(tmp_path)
-    theirs = own_pictures(policy, pipe=pipe)
-    assert (theirs - base).abs().max() > 0.01
-    close(pictures(policy), theirs)
-    continued = a_policy(make(), LoRA(init=str(tmp_path)))
-    assert torch.equal(pictures(continued), pictures(policy))
-    continued.save(tmp_path / "again")
-    (file,) = tmp_path.glob("*.safetensors")
-    assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
-
-
-def lora_from_elsewhere(pipe: Any, folder: Path) -> Path:
-    """A LoRA in diffusers' layout that peft and diffusers made alone, without metadata, on other layers than ours."""
-    from peft import LoraConfig
-    from peft.utils import get_peft_model_state_dict
-
-    pipe.transformer.add_adapter(LoraConfig(r=3, lora_alpha=3, target_modules=["to_q", "to_v", "proj_out"]))
-    rng = Generator().manual_seed(3)
-    for name, p in pipe.transformer.named_parameters():
-        if "lora_" in name:
-            p.data = 0.3 * torch.randn(p.shape, generator=rng)
-    type(pipe).save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(pipe.transformer))
-    return folder
-
-
 def test_a_lora_with_layers_that_the_network_lacks_is_refused(make: Any, tmp_path: Path):
     """Made for a network with more blocks: diffusers would take what fits, and leave the rest out."""
     deeper = {"n_layers": 2} if make is tiny.z_image else {"num_layers": 3}
@@ -297,41 +182,6 @@ def test_a_lora_with_layers_that_the_network_lacks_is_refused(make: Any, tmp_pat
     policy.save(tmp_path)
     with pytest.raises(InputError, match=r"adapts \d+ layers, of which .* has \d+: it was made for another network"):
         a_policy(make(), LoRA(init=str(tmp_path)))
-
-
-def test_a_lora_from_elsewhere_is_trained_on(make: Any, tmp_path: Path):
-    folder = lora_from_elsewhere(make(), tmp_path / "theirs")
-    policy, pipe = a_policy(make(), LoRA(init=str(folder))), make()
-    pipe.load_lora_weights(folder)
-    theirs = own_pictures(policy, pipe=pipe)
-    assert (theirs - own_pictures(policy, pipe=make())).abs().max() > 1e-3
-    close(pictures(policy), theirs)
-    gradient = torch.autograd.grad(policy.decode(run(policy, grad_steps=1).final).sum(), trainable(policy))
-    assert len(gradient) == len([n for n, _ in policy.module.named_parameters() if "lora_" in n]) > 0
-    assert all(g.isfinite().all() and g.any() for g in gradient)
-    with torch.no_grad():
-        for p, g in zip(trainable(policy), gradient, strict=True):
-            p.add_(g, alpha=0.1)
-    policy.save(tmp_path / "ours")
-    pipe = make()
-    pipe.load_lora_weights(tmp_path / "ours")
-    close(pictures(policy), own_pictures(policy, pipe=pipe))
-    assert (pictures(policy) - theirs).abs().max() > 1e-4
-
-
-def test_full_fine_tuning_keeps_the_base(make: Any, tmp_path: Path):
-    policy = a_policy(make())
-    base = pictures(policy)
-    policy.unfreeze()
-    perturb(policy, 0.05)
-    after = pictures(policy)
-    with policy.reference():
-        assert torch.equal(pictures(policy), base)
-    assert (after - base).abs().max() > 1e-3
-    policy.save(tmp_path)
-    pipe = make()
-    pipe.transformer = type(pipe.transformer).from_pretrained(tmp_path)
-    close(own_pictures(policy, pipe=pipe), after)
 
 
 def test_bf16_gives_gradients_to_fp32_weights_and_is_released(make: Any):
@@ -357,15 +207,6 @@ def test_bf16_gives_gradients_to_fp32_weights_and_is_released(make: Any):
     assert {m.dtype for m in half.pipe.components.values() if isinstance(m, torch.nn.Module)} == {torch.bfloat16}
     assert own_pictures(half, latents=None, output_type="latent").isfinite().all(), "it can be called"
     assert own_pictures(policy, latents=None, output_type="latent").isfinite().all(), "it can be called"
-
-
-def test_the_vae_computes_in_fp32_where_it_overflows_in_fp16(make: Any):
-    pipe = make()
-    a_policy(pipe, vae_precision="fp16")
-    assert pipe.vae.dtype == torch.float32
-    pipe.vae.register_to_config(force_upcast=False)
-    a_policy(pipe, vae_precision="fp16")
-    assert pipe.vae.dtype == torch.float16
 
 
 # Bad input
@@ -414,14 +255,6 @@ def test_stable_diffusion_3_knows_positions_up_to_a_size():
         a_policy(tiny.sd3(), height=36, width=16)
 
 
-def test_a_pipeline_without_a_part_is_refused(make: Any):
-    for part in sorted({"text_encoder", "text_encoder_2", "vae", "transformer"} & set(make().components)):
-        pipe = make()
-        setattr(pipe, part, None)
-        with pytest.raises(InputError, match=f"This {type(pipe).__name__} has no {part}: load it whole"):
-            a_policy(pipe)
-
-
 def test_a_network_that_wants_something_else_is_refused(make: Any):
     pipe = make(transformer={"in_channels": 20})
     with pytest.raises(InputError, match=r"The transformer (takes 20 channels, and the VAE has 4|has 20 input channels, and FLUX .* 16)"):
@@ -463,27 +296,18 @@ def some_pairs(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("method", ["draft", "ddpo", "diffusion-dpo"])
-def test_a_step_of_training_moves_the_weights(make: Any, method: str, full: bool, tmp_path: Path):
+def test_a_step_of_training_moves_all_the_weights(make: Any, method: str, tmp_path: Path):
     pipe = make()
     before = {name: p.clone() for name, p in pipe.transformer.named_parameters()}
     own: dict[str, Any] = {"prompts": ["a red fox", "two cats", "a cow", "a hen"], "reward": red, "inference_steps": 3}
     if method == "diffusion-dpo":
         own = {"data": str(some_pairs(tmp_path / "data")), "warmup_steps": 0}
     given: dict[str, Any] = {"steps": 1, "batch_size": 2, "eval_size": 0, "sample_steps": 2, "accumulate": 1, "max_sequence_length": 12}
-    given |= {"full": True} if full else {"lora": {"rank": 2}}
-    trained = diffalign.align(pipe, method=method, output=tmp_path / "run", height=16, width=16, **given, **own)
+    trained = diffalign.align(pipe, method=method, output=tmp_path / "run", height=16, width=16, full=True, **given, **own)
     assert trained.metrics[0]["grad_norm"] > 0
-    again = make()
-    if full:
-        again.transformer = type(again.transformer).from_pretrained(trained.path / "model")
-        moved = [(p - before[name]).abs().max() for name, p in again.transformer.named_parameters()]
-    else:
-        again.load_lora_weights(trained.path / "lora")
-        moved = [p.abs().max() for name, p in again.transformer.named_parameters() if "lora_B" in name]
-    assert moved
-    assert max(moved) > 0
+    again = type(pipe.transformer).from_pretrained(trained.path / "model")
+    assert max((p - before[name]).abs().max() for name, p in again.named_parameters()) > 0
 
 
 def test_a_run_from_a_folder_samples_and_loads_again(make: Any, tmp_path: Path):

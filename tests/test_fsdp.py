@@ -20,12 +20,12 @@ from toy import Network, Toy, diffusion, in_processes, move, nearness
 
 import diffalign
 from diffalign.config import check_needs, resolve
-from diffalign.data import PromptList, Stream
 from diffalign.errors import InputError
 from diffalign.models import load_pipeline, make_policy, prepare_to_train
 from diffalign.preflight import preflight
 from diffalign.processes import make_accelerator
 from diffalign.settings import Settings
+from diffalign.streams import PromptList, Stream
 from diffalign.types import ALONE, Context, Method, Processes
 
 ALL: dict[str, Any] = {

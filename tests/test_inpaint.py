@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,24 @@ def test_bad_masks_are_named(tmp_path: Path, mask: Any, says: str):
         read_prompts(lines(data / "p.jsonl", {"prompt": "x", "image": "a.png", "mask": mask}))
 
 
+@pytest.mark.parametrize(
+    ("value", "says"), [(0, "white says where to fill"), (1, "its values are 0 and 1, and white is 255: multiply them")]
+)
+def test_a_mask_that_fills_nothing_is_refused(value: int, says: str, folder: Path):
+    """Masks of 0 and 1 are what segmentation tools write, and are all but black as pictures."""
+    half = Image.new("L", (16, 16))
+    half.paste(value, (8, 0, 16, 16))
+    half.save(folder / "dark.png")
+    for given in (
+        lambda: read_prompts(lines(folder / "p.jsonl", {"prompt": "x", "image": "a.png", "mask": "dark.png"})),
+        lambda: check_prompts([("x", folder / "a.png", folder / "dark.png")]),
+    ):
+        with pytest.raises(InputError, match=f"The mask of 'x' is black all over, so that nothing is filled: {says}"):
+            given()
+    Image.new("L", (16, 16), 255).save(folder / "white.png")
+    assert check_prompts([("x", folder / "a.png", folder / "white.png")]), "the whole picture is made anew"
+
+
 def test_a_mask_needs_its_picture(folder: Path):
     with pytest.raises(InputError, match="line 1: there is a mask, and no image that it is of"):
         read_prompts(lines(folder / "p.jsonl", {"prompt": "x", "mask": "m.png"}))
@@ -252,6 +271,9 @@ def test_a_run_is_sampled_with_its_files(folder: Path, run_cli: Any):
     given = ("--pipeline", folder / "model", "--reward", f"{folder}/rewards.py:red", "--prompts", folder / "p.jsonl", "--output", "run")
     trained = run_cli("train", *given, *flags)
     assert trained.status == 0, trained.err
+    again = shlex.split(trained.err.rpartition("Again: diffalign ")[2])
+    assert again[-4:] == ["--image", str(folder / "a.png"), "--mask", str(folder / "m.png")]
+    assert run_cli(*again).status == 0
     files = ("--image", folder / "a.png", "--mask", folder / "m.png")
     assert run_cli("sample", "run", "--prompt", "a door", "--prompt", "a dog", *files).status == 0
     for given, says in (

@@ -15,10 +15,11 @@ from torch import Generator, Tensor
 
 from diffalign.data import batch_of, read_prompts
 from diffalign.errors import InputError
-from diffalign.models import load_pipeline
+from diffalign.models import load_pipeline, make_policy
 from diffalign.pipelines.instruct_pix2pix import InstructPix2Pix, InstructPix2PixXL
 from diffalign.pipelines.latent import LatentPolicy
 from diffalign.sampling import ddim, rollout
+from diffalign.settings import Settings
 from diffalign.types import EditingPolicy, Prompts
 
 SOURCES = torch.rand(2, 3, 16, 16, generator=Generator().manual_seed(1))
@@ -99,6 +100,13 @@ def test_it_is_a_policy_of_pictures():
         a_policy(image_guidance_scale=0.5)
     with pytest.raises(InputError, match="multiples of 2"):
         a_policy(height=15)
+
+
+@pytest.mark.parametrize("make", [tiny.stable_diffusion, tiny.sdxl, tiny.inpaint, tiny.sd3])
+def test_a_pipeline_that_edits_nothing_is_guided_towards_no_picture(make: Any):
+    for scale in (1.0, 2.0):
+        with pytest.raises(InputError, match=r"image_guidance_scale.* (is for pipelines that edit pictures|takes none).*Drop it"):
+            make_policy(Settings(image_guidance_scale=scale, device="cpu"), make())
 
 
 def test_the_sources_latents_are_scaled_only_where_a_pipeline_says_so():

@@ -16,7 +16,7 @@ from torch._inductor import config as inductor
 
 from diffalign import knobs
 from diffalign.contract import CheckedReward, FunctionReward
-from diffalign.data import PromptList, batch_of
+from diffalign.data import batch_of
 from diffalign.errors import InputError
 from diffalign.loop import prepare, train
 from diffalign.lora import LoRA
@@ -26,6 +26,7 @@ from diffalign.models import make_policy
 from diffalign.preflight import _ratio
 from diffalign.processes import make_accelerator
 from diffalign.settings import Settings
+from diffalign.streams import PromptList
 from diffalign.types import Prompts
 
 RED = FunctionReward(lambda images, prompts: images[:, 0].mean((1, 2)) - images[:, 1].mean((1, 2)), differentiable=True)

@@ -15,7 +15,6 @@ import tiny
 import torch
 
 from diffalign.contract import CheckedReward, FunctionReward
-from diffalign.data import PromptList
 from diffalign.errors import InputError
 from diffalign.evaluate import sample
 from diffalign.loop import Row, Training, prepare, train
@@ -25,6 +24,7 @@ from diffalign.models import make_policy
 from diffalign.pipelines.stable_diffusion import StableDiffusion
 from diffalign.processes import make_accelerator
 from diffalign.settings import Settings
+from diffalign.streams import PromptList
 from diffalign.types import Context, Loss, Needs, Policy, Prompts, Reward
 
 BRIGHT = FunctionReward(lambda images, prompts: images.mean((1, 2, 3)), differentiable=True)

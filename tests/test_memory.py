@@ -18,17 +18,17 @@ import diffalign
 from diffalign import registry
 from diffalign.config import Plan
 from diffalign.contract import CheckedReward, FunctionReward
-from diffalign.data import PromptList
 from diffalign.errors import InputError
 from diffalign.loop import prepare, train
 from diffalign.lora import LoRA
-from diffalign.memory import Line, Living, Trial, expected, in_words, largest, smaller, taken, within_budget
+from diffalign.memory import Line, Trial, expected, in_words, largest, smaller, within_budget
 from diffalign.methods.ddpo import DDPO
 from diffalign.methods.draft import DRaFT
 from diffalign.models import make_policy
+from diffalign.peaks import Living, peak_memory_mb, taken
 from diffalign.processes import make_accelerator
-from diffalign.run import peak_memory_mb
 from diffalign.settings import Settings
+from diffalign.streams import PromptList
 
 RED = FunctionReward(lambda images, prompts: images[:, 0].mean((1, 2)) - images[:, 1].mean((1, 2)), differentiable=True)
 CPU = torch.device("cpu")
@@ -248,7 +248,9 @@ def test_a_step_of_smaller_batches_is_the_same_step() -> None:
 
 def test_a_budget_finds_the_batches() -> None:
     tried = trial(memory_budget=1e-6)
-    with pytest.raises(InputError, match="a step of the smallest batch does not fit"):
+    least = tried.peak(1)
+    assert least is not None
+    with pytest.raises(InputError, match=rf"a step of the smallest batch does not fit: 1 sample takes {least / 1e9:.3f} GB"):
         within_budget(tried)
     line = expected(tried)
     assert line is not None

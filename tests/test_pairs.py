@@ -8,16 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
 import yaml
+from PIL import Image
 
 import diffalign
 from diffalign import examples, pairs
 from diffalign.api import score_files
 from diffalign.contract import FunctionReward
 from diffalign.errors import InputError
+from diffalign.making import Making
 from diffalign.models import make_policy
 from diffalign.settings import Settings
 from diffalign.types import Prompts
@@ -223,10 +226,40 @@ def test_the_embedded_model_brings_its_settings(run_cli: Callable[..., Any], tmp
     assert len(rows(tmp_path / "shapes" / "pairs.jsonl")) == 12
 
 
+def test_memory_and_speed_settings_make_the_same_pairs_and_leave_a_live_pipeline_as_it_came(files: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"reward": red, "prompts": tiny.PROMPTS[:4], **FAST}
+    pipe = tiny.stable_diffusion()
+    strides = [p.stride() for p in (*pipe.unet.parameters(), *pipe.vae.parameters())]
+    kind = type(next(iter(pipe.unet.attn_processors.values())))
+    during, sizes = list[Any](), list[int]()
+    hooks = [
+        pipe.unet.register_forward_pre_hook(lambda network, _: during.append(type(next(iter(network.attn_processors.values()))))),
+        pipe.vae.decoder.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0]))),
+    ]
+    knobs: dict[str, Any] = {"attention": "eager", "channels_last": True, "vae_batch_size": 3}
+    saving = diffalign.make_pairs(pipe, output=tmp_path / "saving", **given, **knobs)
+    for hook in hooks:
+        hook.remove()
+    assert kind not in during
+    assert max(sizes) == 3
+    assert [p.stride() for p in (*pipe.unet.parameters(), *pipe.vae.parameters())] == strides
+    assert {type(p) for p in pipe.unet.attn_processors.values()} == {kind}
+    plain = diffalign.make_pairs(tiny.stable_diffusion(), output=tmp_path / "plain", **given)
+    assert [row["prompt"] for row in rows(saving / "pairs.jsonl")] == [row["prompt"] for row in rows(plain / "pairs.jsonl")]
+    one, other = (np.asarray(Image.open(folder / "images/000001-0.png")).astype(int) for folder in (saving, plain))
+    assert abs(one - other).max() <= 1
+    longer = diffalign.make_pairs(tiny.stable_diffusion(), output=tmp_path / "saving", **given, pairs=6)
+    assert len(rows(longer / "pairs.jsonl")) == 6, "another machine's settings go on with the folder"
+    with pytest.raises(InputError, match="vae_precision was 'fp32', and is 'bf16'"):
+        diffalign.make_pairs(tiny.stable_diffusion(), output=tmp_path / "saving", **given, vae_precision="bf16")
+    with pytest.raises(InputError, match="offload brings what rests to the CPU"):
+        diffalign.make_pairs(files / "model", output=tmp_path / "off", **given, offload=True, device="cpu")
+
+
 def test_the_place_in_a_batch_and_the_noise_are_the_prompts_own(files: Path) -> None:
     """What makes going on exact: prompt number 3 is the same from wherever its command starts."""
     policy = make_policy(Settings(pipeline=str(files / "model"), guidance_scale=1.0), train=False)
-    making = pairs.Making(samples=2, sample_steps=2, batch_size=3)
+    making = Making(samples=2, sample_steps=2, batch_size=3)
     from diffalign.contract import CheckedReward
 
     def third(first: int) -> pairs.Outcome:
@@ -236,6 +269,6 @@ def test_the_place_in_a_batch_and_the_noise_are_the_prompts_own(files: Path) -> 
     one, other = third(0), third(3)
     assert one.prompt == other.prompt == "a"
     for drawn, again in zip(one.samples, other.samples, strict=True):
-        assert torch.equal(drawn.picture, again.picture)
+        assert torch.equal(drawn.medium, again.medium)
         assert drawn.score == again.score
-    assert not torch.equal(one.samples[0].picture, one.samples[1].picture)
+    assert not torch.equal(one.samples[0].medium, one.samples[1].medium)

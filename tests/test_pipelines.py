@@ -18,9 +18,9 @@ from diffalign import registry
 from diffalign.errors import InputError
 from diffalign.lora import LoRA
 from diffalign.media import to_pil
-from diffalign.models import adapter_of
+from diffalign.models import adapter_of, network_of
 from diffalign.pipelines.unet import UNetFamily
-from diffalign.sampling import ddim, transition
+from diffalign.sampling import noisy, transition
 from diffalign.types import Condition, PicturePolicy, Policy, Prompts
 
 SCHEDULERS = {
@@ -38,11 +38,14 @@ def make(request: pytest.FixtureRequest) -> Any:
     return tiny.FAMILIES[request.param]
 
 
+@pytest.fixture(params=sorted({**tiny.FAMILIES, **tiny.FLOWS}))
+def each(request: pytest.FixtureRequest) -> Any:
+    """Of all families, those on a flow too: see test_flow_pipelines.py for what is theirs alone."""
+    return {**tiny.FAMILIES, **tiny.FLOWS}[request.param]
+
+
 def a_policy(make: Any, lora: LoRA | None = None, **options: Any) -> Any:
-    policy = policy_of(make(), **options)
-    if lora is not None:
-        policy.adapt(lora)
-    return policy
+    return policy_of(make(), lora, **options)
 
 
 def test_every_family_of_the_registry_is_tested_here():
@@ -86,9 +89,9 @@ def test_a_pictures_default_is_the_pipelines_default(make: Any):
     assert (other - theirs).abs().max() > 1e-3
 
 
-def test_what_is_asked_for_matters(make: Any):
+def test_what_is_asked_for_matters(each: Any):
     """Of text, picture and mask each, with the others as they are."""
-    policy = a_policy(make)
+    policy = a_policy(each)
     prompts = prompts_for(policy)
     others = [Prompts(("a red cow", "two hens"), prompts.image, prompts.mask)]
     others += [] if prompts.image is None else [Prompts(prompts.text, 1 - prompts.image, prompts.mask)]
@@ -98,8 +101,8 @@ def test_what_is_asked_for_matters(make: Any):
         assert (pictures(policy, other) - pictures(policy, prompts)).abs().flatten(1).amax(1).min() > 1e-4
 
 
-def test_decode_is_differentiable_to_the_latents(make: Any):
-    policy = a_policy(make)
+def test_decode_is_differentiable_to_the_latents(each: Any):
+    policy = a_policy(each)
     latents = (3 * torch.randn(2, 4, 8, 8)).requires_grad_()
     images = policy.decode(latents)
     assert images.shape == (2, 3, 16, 16)
@@ -107,7 +110,9 @@ def test_decode_is_differentiable_to_the_latents(make: Any):
     gradient = torch.autograd.grad(images.square().sum(), latents)[0]
     assert gradient.isfinite().all()
     assert (gradient.flatten(1) != 0).any(1).all()
-    assert policy.embed(images).shape == (2, 4, 8, 8)
+    config = policy.pipe.vae.config
+    posterior = policy.pipe.vae.encode(images * 2 - 1).latent_dist.mode()
+    torch.testing.assert_close(policy.embed(images), (posterior - (config.shift_factor or 0)) * config.scaling_factor)
 
 
 def test_it_is_a_policy_that_says_what_it_takes(make: Any):
@@ -124,8 +129,8 @@ def test_it_is_a_policy_that_says_what_it_takes(make: Any):
         a_policy(make, height=15)
 
 
-def test_a_condition_is_sliced_and_joined_with_its_null_branches(make: Any):
-    policy, rows = a_policy(make), torch.tensor([1, 0, 1])
+def test_a_condition_is_sliced_and_joined_with_its_null_branches(each: Any):
+    policy, rows = a_policy(each), torch.tensor([1, 0, 1])
     whole = policy.encode(prompts_for(policy))
     x_t, at = policy.prior(whole, Generator().manual_seed(0)), policy.path.schedule(4).now[1]
     expected = policy.predict(x_t, at, whole)[rows]
@@ -134,8 +139,8 @@ def test_a_condition_is_sliced_and_joined_with_its_null_branches(make: Any):
     assert next(iter(whole.tensors)) == "encoder_hidden_states", "which a value network reads"
 
 
-def test_text_is_encoded_once_and_kept_on_a_shelf(make: Any, tmp_path: Path):
-    first, second, calls = a_policy(make, negative_prompt="bad"), a_policy(make, negative_prompt="bad"), list[int]()
+def test_text_is_encoded_once_and_kept_on_a_shelf(each: Any, tmp_path: Path):
+    first, second, calls = a_policy(each, negative_prompt="bad"), a_policy(each, negative_prompt="bad"), list[int]()
     for policy in (first, second):
         policy.shelve(tmp_path)
         encode = policy.texts.encode
@@ -148,40 +153,48 @@ def test_text_is_encoded_once_and_kept_on_a_shelf(make: Any, tmp_path: Path):
             assert torch.equal((condition.null or {})[name], (conditions[0].null or {})[name])
 
 
-def test_a_replayed_step_has_the_same_log_probability(make: Any):
-    policy = a_policy(make, LoRA(rank=2))
+@pytest.mark.parametrize("eta", [0.7, 1.0])
+def test_a_replayed_step_has_the_same_log_probability(each: Any, eta: float):
+    policy = a_policy(each, LoRA(rank=2))
     perturb(policy)
     with torch.no_grad():
-        taken = run(policy, eta=1.0)
-    for i in range(len(taken.log_probs)):
-        action = transition(policy, taken.states[i], taken.schedule.now[i], taken.schedule.then[i], taken.condition, ddim(1.0))
+        taken = run(policy, eta=eta)
+    actions = taken.actions.nonzero()[:, 0].tolist()
+    assert len(actions) == len(taken.log_probs) - (policy.component == "transformer"), "the last step of a flow is none"
+    for i in actions:
+        now, then = (level[i] for level in taken.schedule)
+        action = transition(policy, taken.states[i], now, then, taken.condition, noisy(policy.path, eta))
         log_prob = action.log_prob(taken.states[i + 1])
-        assert torch.equal(log_prob, taken.log_probs[i])
+        assert torch.equal(log_prob, taken.log_probs[i]), "with a graph and without: ratio exactly 1"
         assert log_prob.requires_grad
 
 
-def test_the_saved_lora_loads_through_the_pipelines_own_method(make: Any, tmp_path: Path):
-    policy = a_policy(make, LoRA(rank=2, alpha=5))
+def test_the_saved_lora_loads_through_the_pipelines_own_method(each: Any, tmp_path: Path):
+    policy = a_policy(each, LoRA(rank=2, alpha=5))
     base = own_pictures(policy)
-    assert torch.equal(pictures(policy), pictures(a_policy(make))), "a new LoRA changes nothing"
+    assert torch.equal(pictures(policy), pictures(a_policy(each))), "a new LoRA changes nothing"
     perturb(policy)
     with policy.reference():
-        assert torch.equal(pictures(policy), pictures(a_policy(make)))
+        assert torch.equal(pictures(policy), pictures(a_policy(each)))
     policy.save(tmp_path)
-    pipe = make()
+    pipe = each()
     pipe.load_lora_weights(tmp_path)
     theirs = own_pictures(policy, pipe=pipe)
     assert (theirs - base).abs().max() > 0.01
     torch.testing.assert_close(pictures(policy), theirs, rtol=0, atol=1e-4)
-    assert torch.equal(pictures(a_policy(make, LoRA(init=str(tmp_path)))), pictures(policy))
+    continued = a_policy(each, LoRA(init=str(tmp_path)))
+    assert torch.equal(pictures(continued), pictures(policy))
+    continued.save(tmp_path / "again")
+    (file,) = tmp_path.glob("*.safetensors")
+    assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_a_lora_from_elsewhere_is_trained_on(make: Any, tmp_path: Path):
-    folder = lora_from_elsewhere(make(), tmp_path / "theirs")
-    policy, pipe = a_policy(make, LoRA(init=str(folder))), make()
+def test_a_lora_from_elsewhere_is_trained_on(each: Any, tmp_path: Path):
+    folder = lora_from_elsewhere(each(), tmp_path / "theirs")
+    policy, pipe = a_policy(each, LoRA(init=str(folder))), each()
     pipe.load_lora_weights(folder)
     theirs = own_pictures(policy, pipe=pipe)
-    assert (theirs - own_pictures(policy, pipe=make())).abs().max() > 1e-3
+    assert (theirs - own_pictures(policy, pipe=each())).abs().max() > 1e-3
     torch.testing.assert_close(pictures(policy), theirs, rtol=0, atol=1e-4)
     gradient = torch.autograd.grad(policy.decode(run(policy, grad_steps=1).final).sum(), trainable(policy))
     assert len(gradient) == len([n for n, _ in policy.module.named_parameters() if "lora_" in n]) > 0
@@ -190,24 +203,24 @@ def test_a_lora_from_elsewhere_is_trained_on(make: Any, tmp_path: Path):
         for p, g in zip(trainable(policy), gradient, strict=True):
             p.add_(g / g.norm(), alpha=0.1)
     policy.save(tmp_path / "ours")
-    pipe = make()
+    pipe = each()
     pipe.load_lora_weights(tmp_path / "ours")
     torch.testing.assert_close(pictures(policy), own_pictures(policy, pipe=pipe), rtol=0, atol=1e-4)
     assert (pictures(policy) - theirs).abs().max() > 1e-4
 
 
-def test_full_fine_tuning_keeps_the_base(make: Any, tmp_path: Path):
-    policy = a_policy(make)
+def test_full_fine_tuning_keeps_the_base(each: Any, tmp_path: Path):
+    policy = a_policy(each)
     base = pictures(policy)
     policy.unfreeze()
-    perturb(policy, 0.02)
+    perturb(policy, 0.02 if policy.component == "unet" else 0.05)
     after = pictures(policy)
     with policy.reference():
         assert torch.equal(pictures(policy), base)
     assert not torch.equal(after, base)
     policy.save(tmp_path)
-    pipe = make()
-    pipe.unet = type(pipe.unet).from_pretrained(tmp_path)
+    pipe = each()
+    setattr(pipe, policy.component, type(policy.module).from_pretrained(tmp_path))
     torch.testing.assert_close(own_pictures(policy, pipe=pipe), after, rtol=0, atol=1e-4)
 
 
@@ -225,17 +238,18 @@ def test_bf16_gives_gradients_to_fp32_weights_and_is_released(make: Any):
     assert own_pictures(policy).isfinite().all(), "it can be called"
 
 
-def test_the_vae_computes_in_fp32_where_it_overflows_in_fp16(make: Any):
-    pipe = make()
+def test_the_vae_computes_in_fp32_where_it_overflows_in_fp16(each: Any):
+    pipe = each()
     assert pipe.vae.config.force_upcast
     policy = policy_of(pipe, vae_precision="fp16")
     assert pipe.vae.dtype == torch.float32
-    assert policy.notes == ("The VAE overflows in fp16 (force_upcast in its configuration): it computes in fp32.",)
-    safe = make()
+    said = "The VAE overflows in fp16 (force_upcast in its configuration): it computes in fp32."
+    assert policy.notes[-1] == said
+    safe = each()
     safe.vae.register_to_config(force_upcast=False)
     policy = policy_of(safe, vae_precision="fp16")
     assert safe.vae.dtype == torch.float16
-    assert policy.notes == ()
+    assert said not in policy.notes
 
 
 def test_a_vae_whose_latents_are_normalised(make: Any):
@@ -265,11 +279,14 @@ def test_a_network_that_wants_something_else_is_refused(make: Any, change: dict[
         policy_of(pipe)
 
 
-def test_a_pipeline_without_a_part_is_refused(make: Any):
-    pipe = make()
-    pipe.text_encoder = None
-    with pytest.raises(InputError, match=f"This {type(pipe).__name__} has no text_encoder: load it whole"):
-        policy_of(pipe)
+def test_a_pipeline_without_a_part_is_refused(each: Any):
+    pipe = each()
+    for part in sorted({"text_encoder", "text_encoder_2", "vae", "unet", "transformer"} & set(pipe.components)):
+        whole = getattr(pipe, part)
+        setattr(pipe, part, None)
+        with pytest.raises(InputError, match=f"This {type(pipe).__name__} has no {part}: load it whole"):
+            policy_of(pipe)
+        setattr(pipe, part, whole)
 
 
 def test_an_unsupported_class_names_the_others_and_how_to_write_an_adapter():
@@ -310,22 +327,22 @@ def written(policy: Any, folder: Path) -> tuple[list[Any], Path]:
 
 
 @pytest.mark.parametrize("method", ["draft", "ddpo", "diffusion-dpo"])
-def test_a_step_of_training_moves_the_lora(make: Any, method: str, tmp_path: Path):
-    pipe = make()
+def test_a_step_of_training_moves_the_lora(each: Any, method: str, tmp_path: Path):
+    pipe = each()
     shown, folder = written(policy_of(pipe), tmp_path / "data")
     given: dict[str, Any] = {"steps": 1, "batch_size": 2, "accumulate": 1, "warmup_steps": 0, "lora": {"rank": 2}}
-    given |= {"eval_size": 0, "sample_steps": 2}
+    given |= {"eval_size": 0, "sample_steps": 2, **({"max_sequence_length": 12} if network_of(pipe) == "transformer" else {})}
     offline = method == "diffusion-dpo"
     own: dict[str, Any] = {"data": str(folder)} if offline else {"prompts": shown, "reward": red, "inference_steps": 3}
     run = diffalign.align(pipe, method=method, output=tmp_path / "run", **given, **own)
     assert len(run.metrics) == 1
     assert run.metrics[0]["grad_norm"] > 0
-    moved = {n: p for n, p in run.pipeline.unet.named_parameters() if "lora_B" in n}
+    moved = {n: p for n, p in getattr(run.pipeline, network_of(pipe)).named_parameters() if "lora_B" in n}
     assert moved
     assert all(p.isfinite().all() for p in moved.values())
     assert any(p.any() for p in moved.values()), "the half that starts at zero"
-    again = make()
+    again = each()
     again.load_lora_weights(run.path / "lora")
-    for name, p in again.unet.named_parameters():
+    for name, p in getattr(again, network_of(pipe)).named_parameters():
         if name.endswith("lora_B.default_0.weight"):
             torch.testing.assert_close(p, moved[name.replace("default_0", "default")])

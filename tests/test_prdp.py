@@ -166,3 +166,11 @@ def test_the_tilted_mean_is_the_continuous_one_in_many_steps():
 def test_wrong_settings_are_errors_with_their_mend(fields: dict[str, Any], says: str):
     with pytest.raises(InputError, match=says):
         prdp(**fields)
+
+
+def test_a_constant_reward_ends_in_an_error():
+    constant, context = reward(differentiable=False)(lambda media, prompts: torch.ones(len(media))), a_stream()
+    for _ in range(9):
+        assert list(prdp().losses(a_toy(), constant, PROMPTS, context)), "log-ratios that differ are pulled together"
+    with pytest.raises(InputError, match=r"In 10 rounds on end no two samples .* Is it constant"):
+        list(prdp().losses(a_toy(), constant, PROMPTS, context))

@@ -22,11 +22,11 @@ from diffalign.rewards.common import View, check_fields, in_chunks
 from diffalign.types import LearnedReward, Prompts
 
 TWO = Prompts(("a dog", "a cat"))
-LEARNED = [name for name in registry.REWARDS if name.split("-")[0] in ("hps", "image", "pickscore", "clip", "aesthetic")]
+LEARNED = [name for name in registry.REWARDS if name.split("-")[0] in ("hps", "image", "pickscore", "clip", "aesthetic", "trained")]
 
 
-def test_there_are_six_learned_rewards_that_need_no_extra() -> None:
-    assert sorted(LEARNED) == ["aesthetic", "clip", "hps-v2", "hps-v2.1", "image-reward", "pickscore"]
+def test_there_are_seven_learned_rewards_that_need_no_extra() -> None:
+    assert sorted(LEARNED) == ["aesthetic", "clip", "hps-v2", "hps-v2.1", "image-reward", "pickscore", "trained"]
 
 
 def twin(name: str, folder: Path, **fields: Any) -> Any:
@@ -180,7 +180,7 @@ def test_a_training_on_local_files_and_its_resumption(tmp_path: Path, run_cli: C
     config = yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())["reward"]
     assert config == {
         "name": "hps-v2.1", "version": "v2.1", "checkpoint": str(tmp_path / "HPS_v2.1_compressed.pt"), "tokenizer": str(tmp_path),
-        "revision": "main", "sha256": None, "precision": "fp32", "batch_size": 1,
+        "revision": "main", "sha256": None, "precision": "fp32", "batch_size": 1, "backend": "native",
     }  # fmt: skip
 
 

@@ -24,10 +24,11 @@ from PIL import Image
 import diffalign
 from diffalign import checkpoint
 from diffalign.api import evaluate_run
+from diffalign.data import PicturePrompt
 from diffalign.errors import InputError
 from diffalign.models import make_policy
 from diffalign.run import Run
-from diffalign.session import resume
+from diffalign.session import again, resume
 from diffalign.settings import Settings
 
 STEPS = 12
@@ -278,7 +279,7 @@ def test_what_is_written_whole_is_on_the_disk(tmp_path: Path, monkeypatch: pytes
     assert synced[-1] == (tmp_path.stat().st_ino, True)
 
 
-def test_align_a_live_pipeline(tmp_path: Path) -> None:
+def test_align_a_live_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pipe = tiny.stable_diffusion()
 
     @diffalign.reward(differentiable=True)
@@ -291,6 +292,9 @@ def test_align_a_live_pipeline(tmp_path: Path) -> None:
         lora={"rank": 2, "alpha": 4}, learning_rate=1e-3, output=tmp_path / "live",
     )  # fmt: skip
     assert run.pipeline is pipe
+    call = capsys.readouterr().err.rpartition("Again: ")[2].strip()
+    assert call.startswith("diffalign.load('")
+    assert all(path.is_file() for path in eval(call, {"diffalign": diffalign, "pipe": tiny.stable_diffusion()}))
     assert run.config["method"]["k"] == 2
     assert run.pipeline("a red circle", num_inference_steps=2).images[0].size == (16, 16)
     assert "bright" in run.evaluation["rewards"]
@@ -373,6 +377,13 @@ def test_a_run_of_a_live_pipeline_in_half_precision_is_sampled(tmp_path: Path) -
     chosen: dict[str, Any] = {"steps": 1, "inference_steps": 2, "eval_size": 0}
     run = diffalign.align(pipe, reward=bright_pictures, prompts=["a dog"], output=tmp_path / "r", **chosen)
     assert run.sample(["a cat"], output=tmp_path)[0].is_file()
+    assert (
+        again(Path("a b"), PicturePrompt('"it\'s"', b"", None), live=False)
+        == "diffalign sample 'a b' --prompt '\"it'\"'\"'s\"' --image FILE"
+    )
+    assert again(Path("r"), PicturePrompt("red", Path("a.png"), b""), live=True) == (
+        "diffalign.load('r', pipe=pipe).sample([('red', 'a.png', 'mask.png')])"
+    )
 
 
 def test_a_live_pipeline_is_given_back_where_the_training_fails(tmp_path: Path) -> None:
@@ -465,7 +476,7 @@ def test_a_reward_that_breaks_in_mid_run_loses_nothing(files: Path, tmp_path: Pa
         calls.append(len(images))
         return images.mean((1, 2, 3)) * (float("nan") if len(calls) > 4 else 1)
 
-    with pytest.raises(InputError, match=r"no numbers.*\n.*kept"):
+    with pytest.raises(InputError, match=r"(?s)no numbers.*Saved at step 3.*kept"):
         diffalign.align(str(files / "model"), reward=moody, prompts=["a dog"], output=tmp_path / "m", steps=9, inference_steps=2)
     assert weights(tmp_path / "m")
     assert len(Run.open(tmp_path / "m").metrics) == 3

@@ -162,7 +162,7 @@ def test_loudness_is_minus_the_distance_in_decibels():
 def test_silence_counts_frames_at_its_own_rate():
     half = torch.cat([torch.zeros(1, 8000), torch.ones(1, 8000) * 0.1], 1)
     assert Silence()(half, Prompts(("",))).tolist() == [-0.5]
-    assert Silence(threshold=-10.0)(half, Prompts(("",))).tolist() == [-1.0]
+    assert Silence(below=-10.0)(half, Prompts(("",))).tolist() == [-1.0]
     assert Silence()(torch.ones(1, 7), Prompts(("",))).tolist() == [0.0], "shorter than a frame"
     checked = CheckedReward(as_reward(Silence()), "silence")
     at_4k = checked(half[:, ::4], Prompts(("",), sample_rate=4000))
@@ -172,7 +172,7 @@ def test_silence_counts_frames_at_its_own_rate():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Loudness(target=3), lambda: Silence(threshold=-100), lambda: Silence(frame=0), lambda: Silence(threshold=1)]
+    "make", [lambda: Loudness(target=3), lambda: Silence(below=-100), lambda: Silence(frame=0), lambda: Silence(below=1)]
 )
 def test_fields_that_are_none(make: Callable[[], Any]):
     with pytest.raises(InputError, match=r"reward\."):
@@ -258,6 +258,12 @@ def test_prompt_files_with_transcripts(tmp_path: Path):
         (tmp_path / "bad.jsonl").write_text(json.dumps(line))
         with pytest.raises(InputError, match=says):
             read_prompts(str(tmp_path / "bad.jsonl"))
+    (tmp_path / "known.jsonl").write_text(json.dumps({"transcript": "one", "metadata": {"n": 1}}) + '\n{"transcript": "two"}')
+    known = read_prompts(str(tmp_path / "known.jsonl"))
+    assert known == [SpokenPrompt("", "one", (("n", 1),)), SpokenPrompt("", "two", ())], "all have metadata, or none"
+    write_file(tmp_path / "again.jsonl", known)
+    assert read_prompts(str(tmp_path / "again.jsonl")) == known
+    assert batch_of(known).metadata == ({"n": 1}, {})
     with pytest.raises(InputError, match="SpokenPrompt"):
         check_prompts([SpokenPrompt("a", " ")])
 

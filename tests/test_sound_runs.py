@@ -33,7 +33,7 @@ def methods_on_twins() -> list[tuple[str, str]]:
 def test_every_method_trains_the_twins(name: str, pipeline_class: str, tmp_path: Path, run_cli: Callable[..., Any]) -> None:
     needs = registry.find("methods", name)[0].needs
     flags = ["--pipeline", "nobody/nothing", "--pipeline-class", pipeline_class, "--tiny", "--lora.rank", 2]
-    flags += ["--data", "hf:nobody/nothing"] if needs.data in ("pairs", "labels") else ["--prompts", "missing.jsonl"]
+    flags += ["--data", "hf:nobody/nothing"] if needs.data in ("pairs", "labels") else ["--prompts", "hf:nobody/nothing/p.jsonl"]
     outcome = run_cli("train", "--method", name, *flags, "--reward", "loudness", "--output", tmp_path / "run")
     assert outcome.status == 0, outcome.err
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -61,7 +61,7 @@ def test_a_speech_model_from_prompts_to_pairs_and_back(speech: Path, tmp_path: P
     assert outcome.status == 0, outcome.err
     run = tmp_path / "run"
     assert "Again: diffalign sample" in outcome.err
-    assert '--transcript "number' in outcome.err
+    assert "--prompt 'a calm voice' --transcript 'number " in outcome.err
     kept = [json.loads(line) for line in (run / "prompts" / "train.jsonl").read_text().splitlines()]
     assert {"prompt", "transcript"} == set(kept[0])
     for stem in ("step-000000", "step-000002", "before-after-before", "before-after-after"):
@@ -151,6 +151,7 @@ def test_a_reward_of_other_media_is_refused_before_anything_is_loaded(
         ["train", "--method", "ddpo", "--reward", reward],
         ["check", "--method", "ddpo", "--reward", reward],
         ["train", "--method", "ddpo", "--reward", right, "--eval-rewards", reward],
+        ["train", "--method", "ddpo", "--reward", right, "--guard", reward],
         ["pairs", "--reward", reward, "--output", "pairs"],
     ):
         outcome = run_cli(words[0], *same, *words[1:])
@@ -158,6 +159,49 @@ def test_a_reward_of_other_media_is_refused_before_anything_is_loaded(
         assert says in outcome.err
     outcome = run_cli("train", *same, "--method", "hive", "--data", "shapes-edit", "--reward", right)
     assert ("hive is for image, and this pipeline makes audio" in outcome.err) == (right == "silence")
+
+
+def test_a_composed_reward_with_metadata_under_a_guard(speech: Path, tmp_path: Path, run_cli: Callable[..., Any]) -> None:
+    voices = ("calm", "loud")
+    lines = [
+        {"prompt": f"a {voices[i % 2]} voice", "transcript": word, "metadata": {"voice": voices[i % 2]}} for i, word in enumerate(NUMBERS)
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    parts = [{"name": "silence", "weight": 2.0}, {"name": "loudness", "target": -30.0, "when": {"voice": "calm"}}]
+    (tmp_path / "c.yaml").write_text(json.dumps({"reward": {"parts": parts}, "guard": {"rewards": ["loudness"], "size": 2, "every": 1}}))
+    flags = ["--pipeline", speech / "model", "--prompts", "p.jsonl", *FEW, "--method", "ddpo", "--config", "c.yaml", "--output", "run"]
+    outcome = run_cli("train", *flags)
+    assert outcome.status == 0, outcome.err
+    run = tmp_path / "run"
+    found = json.loads((run / "eval.json").read_text())
+    assert {"compose", "compose/silence"} <= set(found["rewards"])
+    assert [json.loads(line)["step"] for line in (run / "guard.jsonl").read_text().splitlines()] == [0, 2], "ddpo: two updates a round"
+    assert found["guard"] is not None
+    kept = [json.loads(line) for line in (run / "prompts" / "train.jsonl").read_text().splitlines()]
+    assert {"prompt", "transcript", "metadata"} == set(kept[0])
+    read_wav(run / "samples" / "step-000002-0.wav")
+
+    words = ["--pipeline", "run", "--sample-steps", 3, "--batch-size", 4, "--output", "pairs"]
+    outcome = run_cli("pairs", *words)
+    assert outcome.status == 0, outcome.err
+    made = [json.loads(line) for line in (tmp_path / "pairs" / "pairs.jsonl").read_text().splitlines()]
+    calm = next(row for row in made if row["prompt"] == "a calm voice")
+    one = tmp_path / "pairs" / calm["chosen"]
+    outcome = run_cli("score", "--reward", "silence", "loudness", "--reward.loudness.target", -30, "--reward.silence.weight", 2, one)
+    assert outcome.status == 0, outcome.err
+    total, _, *raw = outcome.out.strip().split("\t")
+    assert float(total) == pytest.approx(calm["chosen_score"], rel=1e-3)
+    assert [each.split()[0] for each in raw] == ["silence", "loudness"]
+
+
+def test_rewards_are_trained_on_pictures_alone(tmp_path: Path, run_cli: Callable[..., Any]) -> None:
+    for name, level in (("a", 0.5), ("b", 0.1)):
+        write_wav(tmp_path / f"{name}.wav", level * torch.ones(100), 8000)
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"transcript": "one", "chosen": "a.wav", "rejected": "b.wav"}))
+    for words in (["train", "--model", "shapes-clip", "--output", "made"], ["eval", "--reward", "shapes-clip"]):
+        outcome = run_cli("reward", words[0], "--data", tmp_path, *words[1:])
+        assert outcome.status == 2
+        assert "is a sound, and what is asked for here looks at pictures" in outcome.err
 
 
 def test_a_live_pipeline_is_trained_from_python(tmp_path: Path) -> None:

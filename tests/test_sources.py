@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -216,7 +217,13 @@ def test_half_a_download_in_the_hubs_cache_names_the_command_that_goes_on(model:
 def test_bin_weights_are_loaded_weights_only_and_it_is_said(model: Path):
     expected = pictures(make_policy(Settings(str(model), device="cpu"), train=False))
     as_bin(model)
+    said = list[str]()
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("diffusers").addHandler(handler)
     policy = make_policy(Settings(str(model), device="cpu"), train=False)
+    logging.getLogger("diffusers").removeHandler(handler)
+    assert said == [], "what diffusers says of it is said in our words"
     assert torch.equal(pictures(policy), expected)
     (note,) = policy.notes
     assert "unet" in note

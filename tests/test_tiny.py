@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -99,6 +100,36 @@ def test_what_is_cut_and_what_stays() -> None:
     assert (tiny.cut(few).settings.steps, tiny.cut(few).settings.sample_steps) == (1, 3)
 
 
+def test_what_the_twin_cannot_have_is_said_and_an_embedded_model_keeps_it(capsys: pytest.CaptureFixture[str]) -> None:
+    given: dict[str, Any] = {"method": "ddpo", "reward": "jpeg-compressibility", "height": 64, "width": 48, "lora": {"init": "x"}}
+    tiny.cut(resolve({**HUB, **given}))
+    assert "leaves out height 64, width 48, lora.init x: its tiny model is of another size" in capsys.readouterr().err
+    s = tiny.cut(resolve({**given, "pipeline": "shapes", "tiny": True})).settings
+    assert (s.height, s.width, s.lora.init) == (64, 48, "x")
+    assert "leaves out" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flag", "says"), [("--prompts", "no prompt file .*mistyped"), ("--data", "mistyped")])
+def test_a_path_that_is_missing_is_an_error_in_a_dry_run_too(flag: str, says: str, run_cli: Callable[..., Any]) -> None:
+    method = "ddpo" if flag == "--prompts" else "diffusion-dpo"
+    reward = ["--reward", "hps-v2"] if method == "ddpo" else []
+    outcome = run_cli(
+        "train",
+        "--method",
+        method,
+        *reward,
+        "--pipeline",
+        "nobody/nothing",
+        "--tiny",
+        flag,
+        "mistyped",
+        "--pipeline-class",
+        "StableDiffusionPipeline",
+    )
+    assert outcome.status == 2
+    assert re.search(says, outcome.err)
+
+
 def test_rewards_with_weights_are_opened_as_their_twins() -> None:
     checked = CheckedReward(as_reward(HPS(batch_size=3)), "hps-v2", tiny=True)
     checked.open()
@@ -120,7 +151,7 @@ def test_what_is_here_is_read_and_what_is_not_is_made_up(tmp_path: Path) -> None
     here = ("animals", "shapes", "shapes-edit", str(tmp_path / "p.txt"), str(tmp_path), None)
     assert [tiny.made(settings, source) for source in here] == [False] * 6
     assert tiny.made(settings, "hf:nobody/nothing/p.txt")
-    assert tiny.made(settings, str(tmp_path / "missing"))
+    assert not tiny.made(settings, str(tmp_path / "missing"))
     assert not tiny.made(replace(settings, tiny=False), "hf:nobody/nothing/p.txt")
     assert all(isinstance(prompt, str) for prompt in tiny.prompts(()))
     both: list[tuple[PromptField, ...]] = [("image",), ("image", "mask")]
@@ -142,7 +173,7 @@ def test_what_is_here_is_read_and_what_is_not_is_made_up(tmp_path: Path) -> None
 )
 def test_data_that_is_missing_is_made_up(method: str, kind: str, pipeline_class: str, tmp_path: Path, run_cli: Callable[..., Any]) -> None:
     flags = ["--pipeline", "nobody/nothing", "--pipeline-class", pipeline_class, "--data", "hf:nobody/nothing", "--tiny"]
-    reward = ["--reward", "hps-v2", "--prompts", "missing.txt"] if method == "refl" else []
+    reward = ["--reward", "hps-v2", "--prompts", "hf:nobody/nothing/p.txt"] if method == "refl" else []
     outcome = run_cli("train", "--method", method, *flags, *reward, "--eval-size", 0, "--output", tmp_path / "run")
     assert outcome.status == 0, outcome.err
     assert "data made up in the place of hf:nobody/nothing" in outcome.err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from diffalign.commands import COMMANDS
 from diffalign.errors import InputError
@@ -13,11 +13,16 @@ if TYPE_CHECKING:
     from diffalign.config import Plan
 
 
-def parser_of(command: str, example: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are ours: one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message[0].upper()}{message[1:]}. See: {self.prog} --help")
+
+
+def parser_of(command: str, example: str) -> Parser:
     about = COMMANDS[command]
-    return argparse.ArgumentParser(
-        f"diffalign {command}", description=about[0].upper() + about[1:] + ".", epilog=f"example: {example}", allow_abbrev=False
-    )
+    return Parser(f"diffalign {command}", description=about[0].upper() + about[1:] + ".", epilog=f"example: {example}", allow_abbrev=False)
 
 
 def quiet() -> None:
@@ -26,14 +31,34 @@ def quiet() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 
+def split_fields(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """(the other words, the words `--reward.FIELD value`)."""
+    from diffalign.flags import is_number
+
+    words, fields = list[str](), list[str]()
+    waiting = list(arguments)
+    while waiting:
+        word = waiting.pop(0)
+        own = word.startswith("--reward.")
+        (fields if own else words).append(word)
+        if own and "=" not in word and waiting:
+            fields.append(waiting.pop(0))
+            while word == "--reward.weights" and waiting and is_number(waiting[0]):
+                fields.append(waiting.pop(0))
+    return words, fields
+
+
 def plan_of(arguments: list[str], command: str) -> tuple[Plan, str | None] | None:
     """The plan of a train or check command line and its --output; None where help or the configuration was asked for, and printed."""
+    from diffalign.composing import with_part_flags
     from diffalign.config import Names, build_parser, check_needs, names_of, settle
     from diffalign.flags import flat, nested, normal, parse, read_config, value_of
 
     arguments = normal(arguments)
     file = value_of(arguments, "--config")
     config = {} if file is None else nested(read_config(file))
+    own: Any = config.get("reward", {})
+    arguments = with_part_flags(arguments, own.get("parts") or ())
     flags = {"method": "--method.name", "reward": "--reward.name", "pipeline": "--pipeline"}
     said = {key: value for key, flag in flags.items() if (value := value_of(arguments, flag)) is not None}
     names: Names = names_of({**config, **said})

@@ -8,14 +8,16 @@ from diffalign.commands.common import quiet
 def run(arguments: list[str]) -> int:
     quiet()
     from diffalign import pairs
+    from diffalign.composing import with_part_flags
     from diffalign.flags import help_of, normal, parse, value_of
+    from diffalign.making import build_parser, settle
 
-    arguments = normal(arguments)
-    parser = pairs.build_parser(value_of(arguments, "--pipeline") or "shapes", value_of(arguments, "--reward.name"))
+    arguments = with_part_flags(normal(arguments))
+    parser = build_parser(value_of(arguments, "--pipeline") or "shapes", value_of(arguments, "--reward.name"))
     if {"-h", "--help"} & set(arguments):
         print(f"{help_of(parser)}\nexample: diffalign pairs --reward shapes-clip --pairs 1000 --output pairs/shapes")
         return 0
-    settled = pairs.settle(parse(parser, lambda: parser.parse_args(arguments)))
+    settled = settle(parse(parser, lambda: parser.parse_args(arguments)))
     try:
         print(pairs.make(*settled))
     except KeyboardInterrupt:

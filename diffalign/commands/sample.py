@@ -21,7 +21,6 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--output", help="folder of the pictures or sounds; by default RUN/samples")
     chosen = parser.parse_args(arguments)
     quiet()
-    from diffalign.data import check_prompts
     from diffalign.run import Run
 
     if not chosen.prompt and not chosen.transcript:
@@ -30,7 +29,7 @@ def run(arguments: list[str]) -> int:
     if chosen.transcript:
         prompts = _spoken(chosen.prompt or [""], chosen.transcript, chosen.image)
     for path in Run.open(chosen.run).sample(
-        check_prompts(prompts), seed=chosen.seed, steps=chosen.steps, lora_scale=chosen.lora_scale, output=chosen.output
+        prompts, seed=chosen.seed, steps=chosen.steps, lora_scale=chosen.lora_scale, output=chosen.output
     ):
         print(path)
     return 0

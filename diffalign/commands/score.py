@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
+import json
+from itertools import takewhile
 from pathlib import Path
 
-from diffalign.commands.common import parser_of, quiet
+from diffalign.commands.common import parser_of, quiet, split_fields
 
 
 def run(arguments: list[str]) -> int:
     parser = parser_of("score", 'diffalign score --reward shapes-clip picture.png --prompt "a red circle"')
     parser.add_argument("files", nargs="+", metavar="FILE", help="pictures; for a reward of sound .wav files")
-    parser.add_argument("--reward", required=True, metavar="NAME", help="with --reward.FIELD for its fields, as diffalign train has them")
+    parser.add_argument(
+        "--reward", required=True, metavar="NAME", help="or several names; with --reward.FIELD for fields, as diffalign train has them"
+    )
     parser.add_argument("--prompt", help="the prompt of all the pictures, for a reward that reads one")
     parser.add_argument("--transcript", metavar="TEXT", help="what is said in all the sounds, for a reward of speech")
     parser.add_argument("--image", metavar="FILE", help="the picture that was edited, for a reward that judges edits")
-    words, own = _split_fields(arguments)
+    words, own = split_fields(arguments)
+    words, several = _several(words)
     chosen = parser.parse_args(words)
     quiet()
-    from diffalign.api import score_files
+    from diffalign.api import score_files_by_part
+    from diffalign.composing import with_part_flags
     from diffalign.config import reward_fields
+    from diffalign.flags import normal
 
     source = Path(chosen.image) if chosen.image else None
-    fields = reward_fields(chosen.reward, own)
+    fields = reward_fields(chosen.reward, with_part_flags(normal([*several, *own])))
     files = [Path(f) for f in chosen.files]
-    for file, value in score_files(chosen.reward, files, chosen.prompt, source, fields, chosen.transcript):
-        print(f"{value:.6g}\t{file}")
+    for file, value, parts in score_files_by_part(chosen.reward, files, chosen.prompt, source, fields, chosen.transcript):
+        print("\t".join([f"{value:.6g}", str(file), *(f"{name} {raw:.6g}" for name, raw in parts.items())]))
     return 0
 
 
-def _split_fields(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """(the other words, the words `--reward.FIELD value`)."""
-    words, fields = list[str](), list[str]()
-    waiting = list(arguments)
-    while waiting:
-        word = waiting.pop(0)
-        own = word.startswith("--reward.")
-        (fields if own else words).append(word)
-        if own and "=" not in word and waiting:
-            fields.append(waiting.pop(0))
-    return words, fields
+def _several(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """(the words, `--reward A B` as `--reward compose`; its parts). What follows a reward's name and names none is a picture."""
+    if "--reward" not in arguments:
+        return arguments, []
+    from diffalign.registry import table
+
+    at = arguments.index("--reward") + 1
+    known = table("rewards")
+    count = sum(1 for _ in takewhile(lambda word: word in known or ".py:" in word, arguments[at:]))
+    if count < 2:
+        return arguments, []
+    return [*arguments[:at], "compose", *arguments[at + count :]], [f"--reward.parts={json.dumps(arguments[at : at + count])}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from diffalign.commands.common import parser_of, plan_of, quiet
@@ -27,7 +28,12 @@ def _resume(arguments: list[str]) -> int:
     parser = parser_of("train", "diffalign train --resume runs/NAME --steps 200")
     parser.add_argument("--resume", required=True, metavar="DIR", help="the run folder")
     parser.add_argument("--steps", type=int, help="another number of optimiser steps than the run's")
-    chosen = parser.parse_args(arguments)
+    chosen, others = parser.parse_known_args(arguments)
+    if others:
+        raise InputError(
+            f"{others[0].partition('=')[0]}: a run that is resumed keeps its settings, but for --steps. With others, start a new one: "
+            f"diffalign train --config {Path(chosen.resume) / 'config.yaml'} {' '.join(others)}"
+        )
     from diffalign.session import resume
 
     return _stoppable(lambda: resume(chosen.resume, chosen.steps))

@@ -38,7 +38,9 @@ class DDPO:
     random_steps: int | None = None
     """Only so many of the first steps are random, and so trained on; the rest are deterministic (MixGRPO). By default all are."""
     window: Literal["first", "drawn"] = "first"
-    """drawn: the random_steps begin at a step drawn for each round, and lie in the first half of the steps (Flow-GRPO-Fast)."""
+    """drawn: the random_steps begin at a step drawn for each round, and lie in window_range (Flow-GRPO-Fast)."""
+    window_range: tuple[int, int] | None = None
+    """drawn: the steps, counted from 0, that windows lie in, from the first number to before the second; by default the first half."""
     same_noise: bool = False
     """All samples of a prompt in a round start from one x_T (DanceGRPO)."""
     batches: int = 32
@@ -98,6 +100,13 @@ class DDPO:
             raise InputError(f"method.advantage {self.advantage} compares samples of one prompt: give method.samples 2 or more.")
         if self.window == "drawn" and self.random_steps is None:
             raise InputError("method.window drawn draws where the random steps begin: give method.random_steps, how many they are.")
+        if self.window_range is not None:
+            if self.window != "drawn" or self.random_steps is None:
+                raise InputError("method.window_range is where a drawn window may lie: give method.window drawn, or drop it.")
+            first, end = self.window_range
+            fits = first >= 0 and first + self.random_steps <= end <= self.inference_steps
+            most = f"two steps from 0 to {self.inference_steps}, {self.random_steps} (method.random_steps) or more apart"
+            check(self, "window_range", fits, most)
         if self.estimator == "sf" and self.updates * self.inner_epochs > 1:
             raise InputError("method.estimator sf takes one optimiser step a round: give method.updates 1 and method.inner_epochs 1.")
 
@@ -112,7 +121,7 @@ class DDPO:
             samples=self.samples,
             steps=self.inference_steps,
             kernel=kernel,
-            random_steps=self._window(context.rng),
+            random_steps=self._window(policy, context.rng),
             same_noise=self.same_noise,
         )
         greedy = greedy_scores(policy, reward, round_, self.inference_steps) if self.advantage == "greedy" else None
@@ -128,7 +137,7 @@ class DDPO:
             least=self.least,
         )
         about = round_.metrics()
-        if self.kl_weight == self.denoising_weight == 0 and nothing_differs(int(round_.everyone(gains).count_nonzero()), context):
+        if nothing_differs(int(round_.everyone(gains).count_nonzero()), context) and self.kl_weight == self.denoising_weight == 0:
             return
         stale = False
         for _ in range(self.inner_epochs):
@@ -180,9 +189,12 @@ class DDPO:
         schedule = policy.path.schedule(self.inference_steps)
         return schedule.now.sigma - schedule.then.sigma
 
-    def _window(self, rng: Generator) -> int | range | None:
-        """The steps of a round that are random."""
+    def _window(self, policy: Policy, rng: Generator) -> int | range | None:
+        """The steps of a round that are random. A drawn window leaves out steps to sigma 0, which are no actions."""
         if self.window == "first" or self.random_steps is None:
             return self.random_steps
-        begin = int(torch.randint(max(0, self.inference_steps // 2 - self.random_steps) + 1, (), generator=rng))
+        first, end = self.window_range or (0, self.inference_steps // 2)
+        actions = int((policy.path.schedule(self.inference_steps).then.sigma > 0).sum())
+        begins = max(0, min(end, actions) - self.random_steps - first) + 1
+        begin = first + int(torch.randint(begins, (), generator=rng))
         return range(begin, begin + self.random_steps)

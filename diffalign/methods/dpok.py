@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffalign.checks import above_zero, at_least, zero_or_more
 from diffalign.objectives.policy_gradient import clipped_surrogate
-from diffalign.rounds import Round, check_first_pass, check_noise, parts, reference_log_probs, sample_round
+from diffalign.rounds import Round, check_first_pass, check_noise, nothing_differs, parts, reference_log_probs, sample_round
 from diffalign.sampling import noisy, replay
 from diffalign.types import Context, Loss, Needs, Policy, Prompts, Reward
 from diffalign.value import Critic, pooled
@@ -86,6 +86,9 @@ class DPOK:
             random_steps=self.random_steps,
         )
         about = round_.metrics()
+        everyones = round_.everyone(round_.scores)
+        first = context.memory.setdefault("first_score", float(everyones[0]))  # a round may be one sample
+        nothing_differs(int((everyones != first).sum()), context)
         returns = round_.scores
         if self.kl_mode == "reward" and self.kl_weight > 0:
             ratio = (round_.trajectory.log_probs - reference_log_probs(policy, round_, kernel))[round_.steps]

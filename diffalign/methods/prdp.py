@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffalign.checks import above_zero, at_least
 from diffalign.objectives.regression import proximal_reward_difference
-from diffalign.rounds import check_first_pass, check_noise, log_probs, parts, reference_log_probs, sample_round
+from diffalign.rounds import check_first_pass, check_noise, log_probs, nothing_differs, parts, reference_log_probs, sample_round
 from diffalign.sampling import noisy, replay
 from diffalign.types import Context, Loss, Needs, Policy, Prompts, Reward
 
@@ -70,6 +70,10 @@ class PRDP:
             random_steps=self.random_steps,
         )
         about = round_.metrics()
+        scores = round_.everyone(round_.scores).unflatten(0, (self.batches, self.samples, -1))
+        nothing_differs(
+            int((scores != scores[:, :1]).sum()), context
+        )  # such a round still holds the policy at its base, until they are many
         base = reference_log_probs(policy, round_, kernel)
         old = torch.where(round_.trajectory.actions[:, None].to(base.device), round_.trajectory.log_probs, 0) - base
         every = torch.cartesian_prod(round_.steps, torch.arange(len(round_)))

@@ -55,3 +55,13 @@ def proximal_reward_difference(log_ratio: Tensor, old_log_ratio: Tensor, scores:
 def _differences(x: Tensor) -> Tensor:
     """(..., k) -> (..., k, k): x_i - x_j."""
     return x.unsqueeze(-1) - x.unsqueeze(-2)
+
+
+def rating_error(predicted: Tensor, rating: Tensor) -> Tensor:
+    """(B,) mean over the aspects of `(predicted - rating)^2`, each (B, K): absolute ratings of several aspects (survey, 3.1.2).
+
+    A rating that is NaN was not given and counts for nothing; where a row has none, its error is 0.
+    """
+    given = rating.isfinite()
+    error = torch.where(given, predicted - torch.where(given, rating, 0), 0) ** 2
+    return error.sum(-1) / given.sum(-1).clamp(min=1)
