@@ -297,7 +297,8 @@ def train_flow(work: Path, output: Path, seed: int) -> None:
     def encode(ids: Tensor, mask: Tensor) -> Tensor:
         """As the pipeline does it, with a graph."""
         found = text(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-        return sum(F.layer_norm(x, (TEXT,), eps=1e-6) for x in (found.last_hidden_state, found.hidden_states[0]))
+        deep, shallow = (F.layer_norm(x, (TEXT,), eps=1e-6) for x in (found.last_hidden_state, found.hidden_states[0]))
+        return deep + shallow
 
     def loss() -> Tensor:
         at = torch.randint(len(latents), (32,), generator=rng)

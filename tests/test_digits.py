@@ -1,0 +1,69 @@
+"""The embedded speech model: what is said and held out, that it is heard, and a short training that makes it better understood."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import diffalign
+from diffalign import digits, registry
+from diffalign.data import SpokenPrompt, batch_of, read_prompts
+from diffalign.errors import InputError
+from diffalign.evaluate import sample, score
+from diffalign.inputs import named_rewards
+from diffalign.models import load_pipeline
+from diffalign.pipelines.longcat_audio import LongCatAudio
+from diffalign.types import Policy
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return LongCatAudio.of(load_pipeline("digits"), guidance_scale=1.0, audio_seconds=1.024, max_sequence_length=16)
+
+
+def test_the_split_is_by_prompt_and_leaves_every_word_in() -> None:
+    train, held = digits.split()
+    assert (len(train), len(held)) == (522, 108)
+    assert not {*train} & {*held}
+    assert {words for _, words in train} >= {*digits.WORDS}, "no single word is held out"
+    for part, pairs in (("train", train), ("heldout", held)):
+        shipped = read_prompts("digits", part)
+        assert shipped == [SpokenPrompt(digits.prompt(*pair), pair[1]) for pair in pairs]
+
+
+def test_it_is_small_and_whole() -> None:
+    folder = registry.MODELS["digits"]
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 12e6
+    assert not [*folder.rglob("*.bin"), *folder.rglob("*.pt")]
+
+
+def test_most_of_its_words_are_understood_and_noise_is_heard(policy: Policy) -> None:
+    prompts = read_prompts("digits", "heldout")[::3]
+    media = sample(policy, prompts, steps=10, seed=0, batch_size=36)
+    assert media.shape == (36, 8192)
+    assert media.abs().max() <= 1
+    noisy = (media + 0.1 * torch.randn(media.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
+    wer, ctc, quality = named_rewards(["digits-wer", "digits-ctc", "digits-quality"])
+    understood = [float(score(wer, x, prompts, policy, batch_size=36).mean()) for x in (media, noisy)]
+    assert -0.4 < understood[0] < 0, "there is something to be learned"
+    assert understood[1] < understood[0] - 0.2
+    assert float(score(ctc, media, prompts, policy, batch_size=36).mean()) > -1
+    clean, dirty = (float(score(quality, x, prompts, policy, batch_size=36).mean()) for x in (media, noisy))
+    assert clean > 4.5 > 3 > dirty
+
+
+def test_the_transcript_is_what_rewards_hear_for_and_must_be_in_the_text(policy: Policy) -> None:
+    batch = batch_of([SpokenPrompt("man: seven go", "seven go"), SpokenPrompt("child: no", "no")], policy)
+    assert batch.spoken == ("seven go", "no")
+    assert batch.text == ("man: seven go", "child: no")
+    with pytest.raises(InputError, match="the transcript is in it"):
+        batch_of([SpokenPrompt("man: seven", "eight")], policy)
+
+
+def test_a_short_training_is_better_understood(tmp_path: Path) -> None:
+    run = diffalign.align("digits", method="draft", output=tmp_path / "run", steps=12, batch_size=12, eval_size=48, k=4, inference_steps=5)
+    found = run.evaluation["rewards"]["digits-ctc"]
+    assert found["difference"] > 0
+    assert len(list((tmp_path / "run" / "samples").glob("*.wav"))) >= 16
