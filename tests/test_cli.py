@@ -177,7 +177,7 @@ def test_values_of_lists_that_do_not_fit(flags: tuple[Any, ...], says: str, run_
         ),
         (("train", "--resume", "runs/a", "--method.k=3"), "diffalign train --config runs/a/config.yaml --method.k=3"),
         (("train", "--resume", "runs/a", "--steps", "x"), "Argument --steps: invalid int value: 'x'. See: diffalign train --help"),
-        (("sample",), "The following arguments are required: run, --prompt. See: diffalign sample --help"),
+        (("sample",), "The following arguments are required: run. See: diffalign sample --help"),
         (("eval", "runs/a", "--rewards", "x"), "Unrecognized arguments: --rewards x. See: diffalign eval --help"),
     ],
 )

@@ -103,7 +103,7 @@ def test_the_modality_is_the_servers() -> None:
         assert remote.modality == "audio"
         assert remote(torch.tensor([[0.5, 0.25], [1.0, -1.0]]), Prompts(("a", "b"))).tolist() == [0.375, 0.0]
         with pytest.raises(InputError, match="mine judges sound, and this pipeline makes pictures"):
-            check_modality(remote, "mine", "image")
+            check_modality(as_reward(remote), "mine", "image")
 
 
 def test_sounds_arrive_at_the_rate_that_the_server_hears_with_what_they_say() -> None:
@@ -117,7 +117,7 @@ def test_sounds_arrive_at_the_rate_that_the_server_hears_with_what_they_say() ->
     sounds, asked = torch.rand(2, 1600) - 0.5, Prompts(("calm", ""), transcript=("one", "two"), sample_rate=16000)
     expected = resample(sounds, 16000, 8000)
     with serving(note) as (url, _):
-        remote = CheckedReward(Remote(url), "remote")
+        remote = CheckedReward(as_reward(Remote(url)), "remote")
         assert torch.equal(remote(sounds, asked), expected.mean(1)), "it is asked what it hears by the first call, where nobody opened it"
         remote.open()
         assert remote.sample_rate == 8000
@@ -130,12 +130,12 @@ def test_sounds_arrive_at_the_rate_that_the_server_hears_with_what_they_say() ->
 
 def test_what_is_not_told_yet_is_not_refused_and_the_twin_takes_both() -> None:
     unasked = Remote("http://127.0.0.1:1")
-    assert judged(unasked) is None
-    check_modality(unasked, "remote", "audio")
+    assert judged(as_reward(unasked)) is None
+    check_modality(as_reward(unasked), "remote", "audio")
     twin = unasked.tiny(Path())
     twin.open()
-    check_modality(twin, "remote", "audio")
-    check_modality(twin, "remote", "image")
+    check_modality(as_reward(twin), "remote", "audio")
+    check_modality(as_reward(twin), "remote", "image")
     assert twin(torch.full((1, 3, 2, 2), 1.0), Prompts(("a",))).tolist() == [1.0]
     assert twin(torch.full((1, 8), 0.25), Prompts(("a",), sample_rate=8000)).tolist() == [0.25]
     louder = {"name": "loudness"}
