@@ -54,7 +54,8 @@ def attach(pipe: Any, component: str, lora: LoRA, target_modules: list[str], see
 
     module: Any = getattr(pipe, component)
     module.requires_grad_(False)
-    if getattr(module, "peft_config", None) or (lora.init is not None and any(pipe.get_list_adapters().values())):
+    others = native(pipe) and lora.init is not None and any(pipe.get_list_adapters().values())
+    if getattr(module, "peft_config", None) or others:
         raise InputError("The pipeline already carries an adapter. Unload it (pipe.unload_lora_weights()), or pass it as lora.init.")
     names = lora.target_modules or target_modules
     alpha: Any = lora.rank if lora.alpha is None else lora.alpha

@@ -19,7 +19,7 @@ from diffalign.errors import InputError
 from diffalign.lora import LoRA
 from diffalign.models import adapter_of
 from diffalign.pipelines.tiny_sound import audioldm2, longcat_audio
-from diffalign.sampling import ddim, transition, without_some_text
+from diffalign.sampling import noisy, transition, without_some_text
 from diffalign.types import Condition, PicturePolicy, Policy, Prompts, SoundPolicy
 
 PIPELINES: dict[str, Callable[[], Any]] = {
@@ -243,7 +243,9 @@ def test_a_replayed_step_has_the_same_log_probability(make: Any):
     with torch.no_grad():
         taken = run(policy, prompts_for(policy), eta=1.0)
     for i in range(len(taken.log_probs)):
-        action = transition(policy, taken.states[i], taken.schedule.now[i], taken.schedule.then[i], taken.condition, ddim(1.0))
+        action = transition(
+            policy, taken.states[i], taken.schedule.now[i], taken.schedule.then[i], taken.condition, noisy(policy.path, 1.0)
+        )
         log_prob = action.log_prob(taken.states[i + 1])
         assert torch.equal(log_prob, taken.log_probs[i])
         assert log_prob.requires_grad == bool(taken.actions[i])
