@@ -180,7 +180,7 @@ def test_it_is_a_policy_that_says_what_it_takes(make: Any):
     with pytest.raises(InputError, match="the prompts have none"):
         speech.encode(Prompts(("a voice",)))
     for mute in (policy_of(audioldm2()), policy_of(longcat_audio())):
-        with pytest.raises(InputError, match="takes no transcript"):
+        with pytest.raises(InputError, match="says the text itself"):
             mute.encode(Prompts(("a voice",), transcript=("one",)))
     assert isinstance(policy, PicturePolicy), "the fields are there, and the modality tells"
 
