@@ -161,7 +161,7 @@ def test_pictures_that_are_none_are_not_sent() -> None:
             torch.rand(0, 3, 4, 4),
         ):
             for reward in (Remote(url), JPEGCompressibility()):
-                with pytest.raises(InputError, match="^Pictures "):
+                with pytest.raises(InputError, match=r"^Pictures "):
                     reward(media, Prompts(("a",) * len(media)))
     assert told.asked == []
 
@@ -395,7 +395,7 @@ def test_where_it_stays_away_nothing_is_lost(files: Path, undisturbed: Any, tmp_
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-000000", f"step-{step:06d}"]
     again = run_cli("train", "--resume", run)
     assert again.status == 2, "still away, and nothing was loaded"
-    with serving(JPEGCompressibility(), port=port), pytest.raises(InputError, match="'mine', and this run began with 'redness'"):
+    with serving(JPEGCompressibility(), port=port), pytest.raises(InputError, match=r"'mine', and this run began with 'redness'"):
         resume(run)
     server.start()
     try:
