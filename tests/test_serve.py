@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -350,11 +351,16 @@ def test_it_stops_gracefully_on_a_signal(tmp_path: Path) -> None:
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
-def started(folder: Path, code: str, *words: str) -> subprocess.Popen[str]:
-    """`diffalign serve` of rewards in r.py; its address is the first line of its standard output."""
+@contextlib.contextmanager
+def started(folder: Path, code: str, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """`diffalign serve` of rewards in r.py; its address is the first line of its standard output. It is gone when the block ends."""
     (folder / "r.py").write_text(code)
     command = [sys.executable, "-m", "diffalign", "serve", *words, "--port", "0"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 LOADS = """
@@ -374,21 +380,23 @@ class Loads:
 
 
 def test_a_signal_does_not_wait_for_a_reward_that_is_being_loaded(tmp_path: Path) -> None:
-    process = started(tmp_path, LOADS.format("import time; open('begun', 'w').close(); time.sleep(300)"), "--reward", "r.py:Loads")
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert process.stdout is not None
-    assert not httpx2.get(f"{process.stdout.readline().strip()}/health", trust_env=False).json()["loaded"]
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=30)
+    code = LOADS.format("import time; open('begun', 'w').close(); time.sleep(300)")
+    with started(tmp_path, code, "--reward", "r.py:Loads") as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        assert not httpx2.get(f"{url}/health", trust_env=False, timeout=30).json()["loaded"]
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=30)
     assert process.returncode == 0
     assert "Traceback" not in err
 
 
 def test_a_reward_that_ends_the_process_as_it_loads_is_an_error(tmp_path: Path) -> None:
-    process = started(tmp_path, LOADS.format("raise SystemExit(0)"), "--reward", "r.py:Loads")
-    _, err = process.communicate(timeout=60)
+    with started(tmp_path, LOADS.format("raise SystemExit(0)"), "--reward", "r.py:Loads") as process:
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "error: The reward Loads failed with SystemExit" in err
 
@@ -397,17 +405,12 @@ def test_several_rewards_in_one(tmp_path: Path) -> None:
     code = "".join(
         f"def {name}(images, prompts):\n    return images.mean((1, 2, 3)) {by}\n" for name, by in (("low", "- 1"), ("high", "+ 1"))
     )
-    process = started(tmp_path, code, "--reward", "r.py:low", "r.py:high", "--reward.high.weight", "2")
-    try:
+    with started(tmp_path, code, "--reward", "r.py:low", "r.py:high", "--reward.high.weight", "2") as process:
         assert process.stdout is not None
-        url = process.stdout.readline().strip()
-        answer = httpx2.Response(503)
+        url, answer = process.stdout.readline().strip(), httpx2.Response(503)
         while answer.status_code == 503:
             answer = post(url, {"items": [item(0.5)]})
-        assert answer.json() == {"name": "compose", "scores": [1 * -0.5 + 2 * 1.5]}
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=30)
+    assert answer.json() == {"name": "compose", "scores": [1 * -0.5 + 2 * 1.5]}
 
 
 @pytest.mark.parametrize(
