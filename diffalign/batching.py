@@ -82,16 +82,16 @@ class Scorer:
     thread: threading.Thread | None = None
 
     def start(self, on_failure: Any) -> None:
-        """Load the reward and score, in a thread of its own. `on_failure()` is called where it cannot be loaded; `failed` says why."""
+        """Load the reward and score, in a thread of its own. `on_failure()` is called where that thread cannot go on; `failed` says why."""
         self.thread = threading.Thread(target=self._work, args=(on_failure,), name="scorer", daemon=True)
         self.thread.start()
 
     def stop(self) -> None:
-        """Score what is in the queue, and end."""
+        """Score what is in the queue, and end. A reward that is still being loaded is not waited for."""
         with self.changed:
             self.closed = True
             self.changed.notify()
-        if self.thread is not None:
+        if self.thread is not None and self.loaded:
             self.thread.join()
 
     def submit(self, samples: Sequence[Sample]) -> Future[list[float]]:
@@ -106,18 +106,29 @@ class Scorer:
         return job.scores
 
     def _work(self, on_failure: Any) -> None:
+        jobs = list[Job]()
         try:
             if isinstance(self.reward, LearnedReward):
                 self.reward.open()
             self.loaded = True
-        except BaseException as error:
-            self.failed = error
+            while jobs := self._gathered():
+                begin = time.perf_counter()
+                self._answer(jobs)
+                self.pace = (time.perf_counter() - begin) / sum(len(job.samples) for job in jobs)
+        except BaseException as error:  # whoever waits would wait for ever
+            self._give_up(error, jobs)
             on_failure()
-            return
-        while jobs := self._gathered():
-            begin = time.perf_counter()
-            self._answer(jobs)
-            self.pace = (time.perf_counter() - begin) / sum(len(job.samples) for job in jobs)
+
+    def _give_up(self, error: BaseException, jobs: list[Job]) -> None:
+        """Take no more, and fail the `jobs` at hand and all that wait."""
+        with self.changed:
+            self.failed, self.closed = error, True
+            waiting = [job for job in self.jobs if job.scores.set_running_or_notify_cancel()]
+            self.jobs.clear()
+            self.waiting = 0
+        for job in (*jobs, *waiting):
+            if not job.scores.done():
+                job.scores.set_exception(self._fault(error))
 
     def _gathered(self) -> list[Job]:
         """The requests of the next batch, at least one; none where the scorer is closed and all are done."""
@@ -137,7 +148,7 @@ class Scorer:
     def _answer(self, jobs: list[Job]) -> None:
         try:
             scores = self._score([sample for job in jobs for sample in job.samples])
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if len(jobs) > 1:  # what is wrong with one request is not the others' trouble
                 for job in jobs:
                     self._answer([job])
@@ -148,7 +159,7 @@ class Scorer:
             scores, own = scores[len(job.samples) :], scores[: len(job.samples)]
             job.scores.set_result(own)
 
-    def _fault(self, error: Exception) -> Fault:
+    def _fault(self, error: BaseException) -> Fault:
         if isinstance(error, Fault):
             return error
         logging.getLogger("diffalign").error("The reward %s failed.", self.name, exc_info=error)

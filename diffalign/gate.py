@@ -61,7 +61,10 @@ class Gate:
     def _refusal(self, method: str, headers: dict[str, str], length: int) -> tuple[int, str] | None:
         limits = self.limits
         if limits.token is None:
-            host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+            try:
+                host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+            except ValueError:  # of a bracket that is not closed
+                host = ""
             if not is_loopback(host):  # a web page that had its own name point here
                 return 403, f"This server has no token, and answers to the names of this machine alone, not to '{host[:100]}'."
         else:

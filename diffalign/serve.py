@@ -128,6 +128,8 @@ def make_app(scorer: Scorer, limits: Limits) -> Gate:
     app.add_exception_handler(InputError, lambda _, error: say(422, str(error)))
     app.add_exception_handler(Fault, lambda _, error: say(500, str(error)))
     app.add_exception_handler(Busy, lambda _, error: say(503, f"{_busy(scorer)}.", {"Retry-After": str(vars(error)["seconds"])}))
+    # a body that FastAPI fails to read at all, such as JSON nested too deeply
+    app.add_exception_handler(400, lambda *_: say(422, "The body is no request to score: it cannot be read as JSON."))
     app.add_exception_handler(RequestValidationError, lambda _, error: say(422, _first(error)))
     app.add_exception_handler(Exception, lambda _, error: say(500, f"The server failed with {type(error).__name__}; its log says more."))
     return Gate(app, limits)
@@ -227,8 +229,10 @@ def serve(scorer: Scorer, limits: Limits, sockets: Sequence[socket.socket]) -> N
             server.run(sockets=list(sockets))
     finally:
         scorer.stop()
-    if scorer.failed is not None:
+    if isinstance(scorer.failed, Exception):
         raise scorer.failed
+    if scorer.failed is not None:  # such as SystemExit, whose status may be 0
+        raise InputError(f"The reward {scorer.name} failed with {type(scorer.failed).__name__}: {scorer.failed}") from scorer.failed
 
 
 @contextlib.contextmanager

@@ -40,6 +40,8 @@ def check_pictures(media: Tensor, prompts: Prompts) -> None:
         )
     if len(media) != len(prompts):
         raise InputError(f"{len(media)} pictures and {len(prompts)} prompts: give one prompt for each picture.")
+    if not media.numel():
+        raise InputError(f"Pictures of shape {tuple(media.shape)}: none holds a pixel.")
     low, high = (float(x) for x in media.detach().float().aminmax())
     if not (low >= -EDGE and high <= 1 + EDGE):  # said so that NaN, which compares as false, is refused too
         raise InputError(f"Pictures with pixels from {low:.4g} to {high:.4g}: this reward takes numbers in [0, 1].")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -26,13 +27,21 @@ LONGEST = 30.0  # seconds between two tries, where the server asks for no more
 
 def check_fields(url: str | None, token_env: str | None, timeout: float, retries: int, wait: float, parallel: int) -> None:
     """Raise InputError for fields that cannot be: none of them needs the server."""
-    parts = urlsplit(url or "")
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+    try:
+        parts = urlsplit(url or "")
+        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not parts.query and not parts.fragment
+    except ValueError as error:  # of brackets that are not closed, and of ports; what is left may hold a password
+        raise InputError(
+            "reward.url is no address that can be read: give the server's address, such as --reward.url http://127.0.0.1:8770"
+        ) from error
+    if not whole or not str(url).isprintable() or " " in str(url):
         raise InputError(f"reward.url is {url}: give the server's address, such as --reward.url http://127.0.0.1:8770")
     if parts.username is not None or parts.password is not None:
         raise InputError("reward.url holds a password, which would stand in config.yaml: give --reward.token_env VARIABLE instead.")
-    if token_env is not None and not token_env.isidentifier():
-        raise InputError("reward.token_env is no name of an environment variable: give the name of the one that holds the token.")
+    if token_env is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", token_env):  # tokens, hf_..., have small letters
+        raise InputError(
+            "reward.token_env is no name of an environment variable, of capitals, digits and _: give the one that holds the token."
+        )
     for name, value, least in (("timeout", timeout, 0.1), ("retries", retries, 0), ("wait", wait, 0), ("parallel", parallel, 1)):
         if not least <= value < float("inf"):
             raise InputError(f"reward.{name} is {value}: give {least} or more.")
@@ -60,7 +69,7 @@ class Endpoint:
             return None
         token = os.environ.get(self.token_env, "").strip()
         if not token or not token.isascii() or not token.isprintable():
-            raise InputError(f"The environment variable {self.token_env} holds no token (reward.token_env): set it, or name another.")
+            raise InputError("The environment variable that reward.token_env names holds no token: set it, or name another.")
         return token
 
     def ask(self, path: str, body: Any = None, *, stop: Event | None = None, at_once: bool = False) -> Any:
@@ -101,21 +110,23 @@ class Endpoint:
                         raise _Passing(f"its answer took longer than {self.timeout:g} s (reward.timeout)")
                     if len(answer) > MOST_BYTES:
                         raise InputError(f"{self.url}{path} answers with more than {MOST_BYTES:,} bytes: is it the right server?")
+        except httpx2.InvalidURL as error:
+            raise InputError(f"reward.url is {self.url}, which is no address ({line(str(error))}).") from error
         except httpx2.ConnectTimeout as error:
             raise _Unreached(f"no connection within {self.timeout:g} s") from error
         except httpx2.TimeoutException as error:
             raise _Passing(f"none within {self.timeout:g} s (reward.timeout)") from error
         except httpx2.ConnectError as error:
-            raise _Unreached(_line(str(error)) or "no connection") from error
+            raise _Unreached(line(str(error)) or "no connection") from error
         except httpx2.TransportError as error:
-            raise _Passing(_line(str(error)) or type(error).__name__) from error
+            raise _Passing(line(str(error)) or type(error).__name__) from error
         return self._read(path, response.status_code, response.headers, bytes(answer))
 
     def _read(self, path: str, status: int, headers: Mapping[str, str], answer: bytes) -> Any:
         """The JSON of an answer; raises InputError for a status that is none of success, and for what is no JSON."""
         if status in PASSING:
             after = headers.get("retry-after", "")
-            raise _Passing(f"status {status}: {_said(answer)}", min(float(after), 300.0) if after.isdigit() else 0.0)
+            raise _Passing(f"status {status}: {_said(answer)}", min(float(after), 300.0) if after.isascii() and after.isdecimal() else 0.0)
         if status in (401, 403):
             given = f"the token in {self.token_env}" if self.token_env else "no token"
             raise InputError(
@@ -125,8 +136,8 @@ class Endpoint:
             raise InputError(f"{self.url}{path} answers with status {status}: {_said(answer)}")
         try:
             return json.loads(answer, parse_constant=_no_number)
-        except ValueError as error:
-            raise InputError(f"{self.url}{path} answers with no JSON ({_line(str(error))}): '{_said(answer)}'. {self.mend}") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{self.url}{path} answers with no JSON ({line(str(error))}): '{_said(answer)}'. {self.mend}") from error
 
     @cached_property
     def _client(self) -> Any:
@@ -134,7 +145,7 @@ class Endpoint:
 
         # this machine is not asked through a proxy, whatever the environment says
         local = urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
-        return httpx2.Client(timeout=self.timeout, trust_env=not local, verify=self.url.startswith("https"))
+        return httpx2.Client(timeout=self.timeout, trust_env=not local)
 
 
 class _Passing(Exception):
@@ -153,7 +164,7 @@ def _no_number(word: str) -> float:
     raise ValueError(f"{word} is no number")
 
 
-def _line(text: str) -> str:
+def line(text: str) -> str:
     """At most 300 characters in one line, that a terminal only prints."""
     return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))[:300]
 
@@ -163,15 +174,17 @@ def _said(answer: bytes) -> str:
     text = answer[:100_000].decode("utf-8", "replace")
     try:
         said = json.loads(text)
-    except ValueError:
-        return _line(text)
+    except (ValueError, RecursionError):
+        return line(text)
     said = said.get("detail", said.get("error", said)) if isinstance(said, dict) else said
     said = said.get("message", said) if isinstance(said, dict) else said
-    return _line(said if isinstance(said, str) else json.dumps(said, ensure_ascii=False))
+    return line(said if isinstance(said, str) else json.dumps(said, ensure_ascii=False))
 
 
 def in_parallel(work: Callable[[A, Event], B], things: Sequence[A], parallel: int) -> list[B]:
     """`work(thing, stop)` of all, `parallel` at a time, in their order. Where one fails, `stop` is set for the others, and it is raised."""
+    if not things:
+        return []
     stop = Event()
     with ThreadPoolExecutor(min(parallel, len(things))) as pool, _setting(stop):
         futures: list[Future[B]] = [pool.submit(work, thing, stop) for thing in things]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffalign.errors import InputError
 from diffalign.media import to_pil
+from diffalign.rewards.common import check_pictures
 from diffalign.types import Modality, Prompts
 
 
@@ -30,7 +31,8 @@ class JPEGCompressibility:
             raise InputError(f"sign is {self.sign}: give -1 (compressibility) or 1 (incompressibility).")
 
     def __call__(self, images: Tensor, prompts: Prompts) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to (B,) kB."""
+        """Images (B, 3, H, W) in [0, 1] to (B,) kB; raises InputError for others."""
+        check_pictures(images, prompts)
         return torch.tensor([self.sign * _kilobytes(image) for image in images])
 
 

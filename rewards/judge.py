@@ -20,7 +20,7 @@ from diffalign.errors import InputError
 from diffalign.media import to_pil
 from diffalign.rewards import tiny
 from diffalign.rewards.common import check_pictures
-from diffalign.rewards.http import Endpoint, check_fields, in_parallel
+from diffalign.rewards.http import Endpoint, check_fields, in_parallel, line
 from diffalign.types import Modality, Prompts
 
 MEND = "Start the endpoint, or name another with --reward.url (as far as /v1). See docs/rewards/judge.md."
@@ -128,7 +128,9 @@ class Judge:
             try:
                 choice = answer["choices"][0]
                 return self._probability(choice) if self.scale == "yes-no" else self._rating(choice["message"]["content"])
-            except (KeyError, IndexError, TypeError) as error:
+            except InputError:
+                raise
+            except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
                 raise InputError(f"{self.url} answers otherwise than chat completions do ({type(error).__name__}). {MEND}") from error
             except _Unread as error:
                 unread = str(error)
@@ -142,15 +144,15 @@ class Judge:
         if self.answer == "json":
             try:
                 said = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 mend = "Does it hold to response_format? If not: --reward.answer number."
-                raise _Unread(f"'{text[:100]}', which is no JSON. {mend}") from None
+                raise _Unread(f"'{line(text)[:100]}', which is no JSON. {mend}") from None
             score = said.get("score") if isinstance(said, dict) and list(said) == ["score"] else None
         else:
             found = NUMBER.fullmatch(text)
             score = float(found[1]) if found else None
         if isinstance(score, bool) or not isinstance(score, int | float) or not 1 <= score <= 10:
-            raise _Unread(f"'{text[:100]}', where a number from 1 to 10 was asked for.")
+            raise _Unread(f"'{line(text)[:100]}', where a number from 1 to 10 was asked for.")
         return (score - 1) / 9
 
     def _probability(self, choice: Any) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch import Tensor
 from diffalign import wire
 from diffalign.errors import InputError
 from diffalign.rewards import tiny
-from diffalign.rewards.http import Endpoint, check_fields, in_parallel
+from diffalign.rewards.common import check_pictures
+from diffalign.rewards.http import Endpoint, check_fields, in_parallel, line
 from diffalign.types import Modality, Prompts
 
 MEND = "Start the server (diffalign serve --reward NAME), or name another with --reward.url. See docs/rewards/remote.md."
@@ -44,6 +46,7 @@ class Remote:
 
     differentiable: ClassVar[bool] = False
     said: dict[str, Any] = field(default_factory=dict[str, Any], init=False, repr=False, compare=False)
+    bound: dict[str, str] = field(default_factory=dict[str, str], init=False, repr=False, compare=False)  # a resumed run's `name`
 
     def __post_init__(self) -> None:
         check_fields(self.url, self.token_env, self.timeout, self.retries, self.wait, self.parallel)
@@ -75,19 +78,45 @@ class Remote:
             raise InputError(f"{self.url} is no reward server: 'sample_rate' is a whole number of Hz, or null. {MEND}")
         if not isinstance(accepts, list) or not isinstance(most, int) or most < 1:
             raise InputError(f"{self.url} is no reward server: 'accepts' is a list, and 'max_batch' a whole number from 1. {MEND}")
+        self._same(said["name"], self.bound)
         kind = "png" if self.encoding == "png" and said["modality"] == "image" else "safetensors"
         if kind not in accepts and said["modality"] is not None:
             raise InputError(f"{self.url} takes {', '.join(map(str, accepts))} and no {kind}: choose another --reward.encoding.")
         self.said.update(said)
+
+    def learn(self, scores: Tensor) -> None:
+        """Nothing of the scores: the state is whose they are."""
+
+    def state(self) -> dict[str, Any]:
+        """The `name` of the reward that the server has, None where it was not asked yet."""
+        return {"name": self.said.get("name", self.bound.get("name"))}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with the reward of that name alone; raises InputError where the server has another."""
+        self.bound.clear()
+        if state["name"] is not None:
+            self.bound["name"] = state["name"]
+        if self.said:
+            self._same(self.said["name"], self.bound)
+
+    def _same(self, name: Any, before: Mapping[str, Any]) -> None:
+        if name != before.get("name", name):
+            ours = line(before["name"])
+            raise InputError(
+                f"{self.url} now serves the reward '{line(str(name))}', and this run began with '{ours}': serve that one again."
+            )
 
     def tiny(self, folder: Path) -> Remote:
         """The same client, of a server in this process whose scores are the brightness of the pictures, or the mean of the sounds."""
         return replace(self, url=tiny.server(_mean), token_env=None, encoding="png", batch_size=self.batch_size or 2)
 
     def __call__(self, media: Tensor, prompts: Prompts) -> Tensor:
-        """Media (B, ...) and B prompts, with what they carry, to (B,), fp32. Raises InputError where the server stays away or fails."""
+        """Media (B, ...) and B prompts, with what they carry, to (B,), fp32. Raises InputError where the server stays away, fails,
+        or has become another reward, and for pictures that are no float (B, 3, H, W) in [0, 1]."""
         if not self.said:
             self.open()
+        if self.modality == "image":
+            check_pictures(media, prompts)
         size = self.batch_size or self._fitting(media, prompts)
         starts = range(0, len(prompts), size)
         media, prompts = media.detach().cpu(), _at_home(prompts)  # once, not in every thread
@@ -110,6 +139,7 @@ class Remote:
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list):
             raise InputError(f"{self.url} answered without 'scores', a list of numbers. See docs/rewards/remote.md.")
+        self._same(answer.get("name", self.said["name"]), self.said)
         if len(scores) != len(items):
             raise InputError(f"{self.url} gave {len(scores)} scores for {len(items)} items: one for each, in their order, is expected.")
         if bad := [s for s in scores if isinstance(s, bool) or not isinstance(s, int | float) or not math.isfinite(s)]:

@@ -20,10 +20,10 @@ from diffalign.serve import bind, make_server, url_of
 
 
 @contextmanager
-def serving(reward: Any, *, max_batch: int = 16, queue: int = 256, **limits: Any) -> Iterator[tuple[str, Scorer]]:
-    """A reward behind uvicorn, on a free port of this machine; its address, and its scorer."""
+def serving(reward: Any, *, max_batch: int = 16, queue: int = 256, port: int = 0, **limits: Any) -> Iterator[tuple[str, Scorer]]:
+    """A reward behind uvicorn, on that port of this machine or a free one; its address, and its scorer."""
     scorer = Scorer(as_reward(reward), "mine", torch.device("cpu"), max_batch, queue)
-    sock = bind("127.0.0.1", 0)
+    sock = bind("127.0.0.1", port)
     server = make_server(scorer, Limits(**limits))
     thread = threading.Thread(target=lambda: server.run(sockets=[sock]))
     thread.start()

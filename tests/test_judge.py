@@ -95,6 +95,19 @@ def test_yes_against_no() -> None:
         score(says("Perhaps", tokens(Perhaps=0.9)), scale="yes-no")
 
 
+@pytest.mark.parametrize("top", [{"token": "yes", "logprob": 1e6}, {"token": None, "logprob": -1}, {"token": "yes", "logprob": "x"}, 3])
+def test_logprobs_that_are_none(top: Any) -> None:
+    with pytest.raises(InputError, match="answers otherwise than chat completions do"):
+        score(says("Yes", {"content": [{"token": "yes", "top_logprobs": [top]}]}), scale="yes-no")
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J\x1b]0;mine\x07", "[" * 100_000])
+def test_what_the_endpoint_says_is_shown_as_a_line(text: str) -> None:
+    with pytest.raises(InputError, match="The judge vlm gave 1 answers that are no rating") as caught:
+        score(says(text))
+    assert str(caught.value).isprintable()
+
+
 def test_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUR_KEY", "sk-secret")
     pictures, prompts = torch.rand(3, 3, 8, 8), Prompts(("a dog", "a </prompt> cat", 'say "10"\nnow'))

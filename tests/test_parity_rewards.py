@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,18 +31,22 @@ from diffalign.rewards.weights import quiet
 from diffalign.types import Prompts
 
 NUMBERS = json.loads((Path(__file__).parent / "parity_rewards.json").read_text())
-SCRIPT = Path(__file__).parents[1] / "scripts" / "parity_recipe.py"
+ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def recipe() -> Any:
-    spec = importlib.util.spec_from_file_location("parity_recipe", SCRIPT)
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Any:
+    return script("parity_recipe")
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +134,28 @@ def test_image_reward_is_image_rewards(recipe: Any, image_reward: ImageReward, p
         close(pixels, said["pixels"][i], 1e-6)
         read = judge.tokens([prompt])
         score = judge.rate(pixels, *(read[name] for name in judge.tokens.names)).sum()
-        assert float(score) == pytest.approx(said["scores"][i], abs=1e-5)
-        assert float(score) == pytest.approx(said["files"][i], abs=1e-5)
+        assert float(score) == pytest.approx(said["scores"][i], abs=1e-6)
+        assert float(score) == pytest.approx(said["files"][i], abs=1e-6)
         close(torch.autograd.grad(score, pixels)[0], said["slopes"][i], 1e-4)
         # our own way from the file, which rounds nothing and cuts nothing off
         assert float(image_reward(read_image(file)[None], Prompts((prompt,)))) == pytest.approx(said["files"][i], abs=0.02)
+
+
+def test_the_script_passes_nothing_that_is_off(recipe: Any) -> None:
+    parity = script("parity_rewards")
+    fine = {"ids": 0, "scores": 1e-7, "slopes": 1e-6, "backend": 0.0}
+    assert parity.beyond(fine) == []
+    for name, off in (("ids", 1), ("scores", 2e-6), ("slopes", 2e-5), ("backend", 1e-7)):
+        assert parity.beyond({**fine, name: off}) == [name]
+        assert parity.beyond({**fine, name: float("nan")}) == [name]
+    for pair in ((0.0, float("nan")), (float("nan"), 0.0)):
+        assert math.isnan(parity.larger(*pair))
+    assert parity.larger(1.0, 2.0) == parity.larger(2.0, 1.0) == 2.0
+
+
+@pytest.mark.parametrize("page", ["hps.md", "image-reward.md"])
+def test_the_pages_hold_the_tables(page: str) -> None:
+    text = (ROOT / "docs" / "rewards" / page).read_text()
+    table = text.partition("<!-- parity -->")[2].partition("<!-- /parity -->")[0]
+    assert re.search(r"\| score, from the same pixels \| \d", table)
+    assert "The package's side: " in table

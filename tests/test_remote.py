@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import torch
 import yaml
@@ -22,13 +23,14 @@ import diffalign
 from diffalign import shapes
 from diffalign.contract import CheckedReward, FunctionReward, as_reward, check_modality, judged
 from diffalign.errors import InputError
+from diffalign.rewards.http import in_parallel
 from diffalign.rewards.jpeg import JPEGCompressibility
 from diffalign.rewards.remote import Remote
 from diffalign.rewards.shapes import ShapesChecker, ShapesCLIP
 from diffalign.run import Run
 from diffalign.session import resume
 from diffalign.sound import resample
-from diffalign.types import Prompts
+from diffalign.types import Prompts, StatefulReward
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "rewards" / "remote.md"
 QUICK = {"wait": 0.0, "retries": 0, "timeout": 5.0}
@@ -173,13 +175,62 @@ def test_what_fails_in_passing_is_tried_again_and_no_generator_moves() -> None:
         ((200, b'{"score": 1}', {}), "without 'scores', a list of numbers"),
         ((200, b"[1]", {}), "without 'scores', a list of numbers"),
         (ok(0.5, 0.5), "gave 2 scores for 1 items"),
+        ((503, b"", {"Retry-After": "\u00b2"}), "status 503"),
+        ((200, b"[" * 100_000, {}), "answers with no JSON"),
+        ((200, b'{"name": "another", "scores": [0.5]}', {}), "now serves the reward 'another', and this run began with 'told'"),
         ((302, b"", {"Location": "http://127.0.0.1:1/"}), "status 302"),
     ],
 )
 def test_a_wrong_answer_is_an_error_at_once(answer: Any, says: str) -> None:
     with answering(answer) as (url, told), pytest.raises(InputError, match=says):
-        Remote(url, retries=5)(torch.rand(1, 3, 4, 4), Prompts(("a",)))
+        Remote(url, retries=0 if answer[0] == 503 else 5, wait=0.0)(torch.rand(1, 3, 4, 4), Prompts(("a",)))
     assert len(told.asked) == 1
+
+
+@pytest.mark.parametrize("url", ["https://a", "HTTPS://a", "http://a", "Http://127.0.0.1"])
+def test_certificates_are_verified_however_the_address_is_written(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = list[dict[str, Any]]()
+    monkeypatch.setattr(httpx2, "Client", lambda **given: made.append(given))
+    assert Remote(url).endpoint._client is None
+    assert made[0].get("verify", True) is True
+
+
+def test_pictures_that_are_none_are_not_sent() -> None:
+    with answering(ok(0.5)) as (url, told):
+        for media in (
+            torch.full((1, 3, 4, 4), float("nan")),
+            torch.full((1, 3, 4, 4), 7.0),
+            torch.rand(1, 1, 4, 4),
+            torch.rand(0, 3, 4, 4),
+        ):
+            for reward in (Remote(url), JPEGCompressibility()):
+                with pytest.raises(InputError, match=r"^Pictures "):
+                    reward(media, Prompts(("a",) * len(media)))
+    assert told.asked == []
+
+
+def test_no_things_are_no_work() -> None:
+    assert in_parallel(lambda thing, stop: thing, [], 4) == []
+
+
+def test_a_run_goes_on_with_the_reward_that_it_began_with() -> None:
+    with serving(JPEGCompressibility()) as (url, _):
+        remote = Remote(url)
+        assert isinstance(remote, StatefulReward)
+        assert remote.state() == {"name": None}
+        remote.open()
+        kept = remote.state()
+        assert kept == {"name": "mine"}
+        remote.restore(kept)
+    with answering() as (url, _):
+        message = "now serves the reward 'told', and this run began with 'mine'"
+        early, late = Remote(url), Remote(url)
+        early.restore(kept)
+        with pytest.raises(InputError, match=message):
+            early.open()
+        late.open()
+        with pytest.raises(InputError, match=message):
+            late.restore(kept)
 
 
 def test_a_failing_chunk_ends_the_others_waits() -> None:
@@ -197,7 +248,7 @@ def test_a_failing_chunk_ends_the_others_waits() -> None:
         (b'{"name": "x", "modality": "image", "max_batch": 0}', {}, "'max_batch' a whole number from 1"),
         (b'{"name": "x", "modality": "audio", "sample_rate": 0}', {}, "'sample_rate' is a whole number of Hz"),
         (DESCRIPTION, {"encoding": "float32"}, "takes png and no safetensors: choose another --reward.encoding"),
-        (DESCRIPTION, {"token_env": "NOT_SET_AT_ALL"}, "NOT_SET_AT_ALL holds no token"),
+        (DESCRIPTION, {"token_env": "NOT_SET_AT_ALL"}, "The environment variable that reward.token_env names holds no token"),
     ],
 )
 def test_what_the_server_is_is_asked_first(description: bytes, fields: dict[str, Any], says: str) -> None:
@@ -213,6 +264,12 @@ def test_what_the_server_is_is_asked_first(description: bytes, fields: dict[str,
         ({"url": "http://a/?token=1"}, "give the server's address"),
         ({"url": "http://me:secret@a"}, "holds a password, which would stand in config.yaml: give --reward.token_env"),
         ({"url": "http://a", "token_env": "sk-12"}, "no name of an environment variable"),
+        ({"url": "http://a", "token_env": "hf_secret"}, "no name of an environment variable"),
+        ({"url": "http://me:secret@[::1/v1"}, "reward.url is no address that can be read: give the server's address"),
+        ({"url": "http://127.0.0.1:abc/v1"}, "reward.url is no address that can be read"),
+        ({"url": "http://127.0.0.1:99999"}, "reward.url is no address that can be read"),
+        ({"url": " http://a"}, "give the server's address"),
+        ({"url": "http://a/\n"}, "give the server's address"),
         ({"url": "http://a", "timeout": float("nan")}, "reward.timeout is nan"),
         ({"url": "http://a", "retries": -1}, "reward.retries is -1: give 0 or more"),
         ({"url": "http://a", "batch_size": 0}, "reward.batch_size is 0"),
@@ -382,6 +439,8 @@ def test_where_it_stays_away_nothing_is_lost(files: Path, undisturbed: Any, tmp_
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-000000", f"step-{step:06d}"]
     again = run_cli("train", "--resume", run)
     assert again.status == 2, "still away, and nothing was loaded"
+    with serving(JPEGCompressibility(), port=port), pytest.raises(InputError, match=r"'mine', and this run began with 'redness'"):
+        resume(run)
     server.start()
     try:
         resume(run)

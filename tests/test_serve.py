@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from served import at_once, post, serving
 
 import diffalign
 from diffalign import wire
+from diffalign.batching import Busy, Fault, Sample, Scorer
 from diffalign.contract import FunctionReward
 from diffalign.errors import InputError
 from diffalign.sound import resample
@@ -78,6 +80,8 @@ def test_a_request_that_is_wrong_harms_no_other() -> None:
         go_on.wait(10)
         if "bad" in prompts.text:
             raise InputError("I take no bad prompts.")
+        if "exit" in prompts.text:
+            raise SystemExit
         if "worse" in prompts.text:
             raise RuntimeError("secret")
         return images.mean((1, 2, 3)) * (float("nan") if "nan" in prompts.text else 1)
@@ -95,18 +99,48 @@ def test_a_request_that_is_wrong_harms_no_other() -> None:
 
         threads = [ask("first")]
         begun.wait(10)
-        threads += [ask(prompt) for prompt in ("good", "bad", "worse", "nan")]
-        while scorer.waiting < 4:
+        threads += [ask(prompt) for prompt in ("good", "bad", "worse", "exit", "nan")]
+        while scorer.waiting < 5:
             time.sleep(0.01)
         go_on.set()
         for thread in threads:
             thread.join()
     assert {prompt: answer.status_code for prompt, answer in answers.items()} == {
-        "first": 200, "good": 200, "bad": 422, "worse": 500, "nan": 500,
+        "first": 200, "good": 200, "bad": 422, "worse": 500, "exit": 500, "nan": 500,
     }  # fmt: skip
     assert detail(answers["bad"]) == "I take no bad prompts."
     assert detail(answers["worse"]) == "The reward mine failed with RuntimeError; the server's log says more."
+    assert "failed with SystemExit" in detail(answers["exit"])
     assert "no finite numbers" in detail(answers["nan"])
+
+
+def test_a_scorer_that_cannot_go_on_keeps_nobody_waiting() -> None:
+    class Dying(BaseException): ...
+
+    begun, go_on, told = threading.Event(), threading.Event(), list[bool]()
+
+    def dies(images: torch.Tensor, prompts: Prompts) -> torch.Tensor:
+        begun.set()
+        go_on.wait(10)
+        raise Dying
+
+    scorer = Scorer(FunctionReward(dies), "mine", torch.device("cpu"), 1, 8)
+    scorer.start(lambda: told.append(True))
+    while not scorer.loaded:
+        time.sleep(0.01)
+    sample = Sample("a", torch.zeros(3, 8, 8))
+    first = scorer.submit([sample])
+    begun.wait(10)
+    second = scorer.submit([sample])
+    go_on.set()
+    for job in (first, second):
+        with pytest.raises(Fault, match="The reward mine failed with Dying"):
+            job.result(10)
+    scorer.stop()
+    assert told == [True]
+    assert isinstance(scorer.failed, Dying)
+    with pytest.raises(Busy):
+        scorer.submit([sample])
 
 
 def test_a_full_queue_says_when_to_come_back_and_a_client_that_left_is_forgotten() -> None:
@@ -149,6 +183,7 @@ def test_a_full_queue_says_when_to_come_back_and_a_client_that_left_is_forgotten
     ("body", "says"),
     [
         (b"{", "JSON decode error"),
+        (b"[" * 100_000, "The body is no request to score: it cannot be read as JSON."),
         ({}, "items: Field required"),
         ({"items": []}, "items: List should have at least 1 item"),
         ({"items": [{"prompt": "a"}]}, "items.0.media: Field required"),
@@ -193,6 +228,7 @@ def test_another_name_for_this_machine_is_refused(mean_server: str) -> None:
     assert answer.status_code == 403
     assert "attacker.example" in detail(answer)
     assert post(mean_server, {"items": [item()]}, Host="localhost:1").status_code == 200
+    assert post(mean_server, {"items": [item()]}, Host="[::1").status_code == 403
 
 
 def test_the_token(capfd: pytest.CaptureFixture[str]) -> None:
@@ -342,6 +378,68 @@ def test_it_stops_gracefully_on_a_signal(tmp_path: Path) -> None:
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
+@contextlib.contextmanager
+def started(folder: Path, code: str, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """`diffalign serve` of rewards in r.py; its address is the first line of its standard output. It is gone when the block ends."""
+    (folder / "r.py").write_text(code)
+    command = [sys.executable, "-m", "diffalign", "serve", *words, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+LOADS = """
+class Loads:
+    differentiable = False
+    modality = 'image'
+
+    def open(self):
+        {0}
+
+    def tiny(self, folder):
+        return self
+
+    def __call__(self, images, prompts):
+        return images.mean((1, 2, 3))
+"""
+
+
+def test_a_signal_does_not_wait_for_a_reward_that_is_being_loaded(tmp_path: Path) -> None:
+    code = LOADS.format("import time; open('begun', 'w').close(); time.sleep(300)")
+    with started(tmp_path, code, "--reward", "r.py:Loads") as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        assert not httpx2.get(f"{url}/health", trust_env=False, timeout=30).json()["loaded"]
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "Traceback" not in err
+
+
+def test_a_reward_that_ends_the_process_as_it_loads_is_an_error(tmp_path: Path) -> None:
+    with started(tmp_path, LOADS.format("raise SystemExit(0)"), "--reward", "r.py:Loads") as process:
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "error: The reward Loads failed with SystemExit" in err
+
+
+def test_several_rewards_in_one(tmp_path: Path) -> None:
+    code = "".join(
+        f"def {name}(images, prompts):\n    return images.mean((1, 2, 3)) {by}\n" for name, by in (("low", "- 1"), ("high", "+ 1"))
+    )
+    with started(tmp_path, code, "--reward", "r.py:low", "r.py:high", "--reward.high.weight", "2") as process:
+        assert process.stdout is not None
+        url, answer = process.stdout.readline().strip(), httpx2.Response(503)
+        while answer.status_code == 503:
+            answer = post(url, {"items": [item(0.5)]})
+    assert answer.json() == {"name": "compose", "scores": [1 * -0.5 + 2 * 1.5]}
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -356,12 +454,15 @@ def test_it_stops_gracefully_on_a_signal(tmp_path: Path) -> None:
         (["--reward.sing", "1"], "There is no setting 'reward.sing'"),
         (["--reward", "r.py:Late"], "no weights here"),
         (["--device", "tpu9"], "tpu9"),
+        (["--reward", "jpeg-compressibility", "r.py:mean", "--reward.mean.normalise", "running"], "and diffalign serve is none"),
     ],
 )
 def test_what_cannot_be_served(words: list[str], says: str, run_cli: Any, tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n")
     (tmp_path / "r.py").write_text(
-        "from diffalign.errors import InputError\n\nclass Late:\n    differentiable = False\n    modality = 'image'\n\n"
+        "from diffalign.errors import InputError\n\n"
+        "def mean(images, prompts):\n    return images.mean((1, 2, 3))\n\n"
+        "class Late:\n    differentiable = False\n    modality = 'image'\n\n"
         "    def open(self):\n        raise InputError('no weights here')\n\n    def tiny(self, folder):\n        return self\n\n"
         "    def __call__(self, images, prompts):\n        return images.mean((1, 2, 3))\n"
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from diffalign.commands import COMMANDS
@@ -46,6 +48,20 @@ def split_fields(arguments: list[str]) -> tuple[list[str], list[str]]:
             while word == "--reward.weights" and waiting and is_number(waiting[0]):
                 fields.append(waiting.pop(0))
     return words, fields
+
+
+def several_of(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """(the words, `--reward A B` as `--reward compose`; its parts). What follows a name and names none is no reward."""
+    if "--reward" not in arguments:
+        return arguments, []
+    from diffalign.registry import table
+
+    at = arguments.index("--reward") + 1
+    known = table("rewards")
+    count = sum(1 for _ in takewhile(lambda word: word in known or ".py:" in word, arguments[at:]))
+    if count < 2:
+        return arguments, []
+    return [*arguments[:at], "compose", *arguments[at + count :]], [f"--reward.parts={json.dumps(arguments[at : at + count])}"]
 
 
 def plan_of(arguments: list[str], command: str) -> tuple[Plan, str | None] | None:

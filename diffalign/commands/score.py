@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from itertools import takewhile
 from pathlib import Path
 
-from diffalign.commands.common import parser_of, quiet, split_fields
+from diffalign.commands.common import parser_of, quiet, several_of, split_fields
 
 
 def run(arguments: list[str]) -> int:
@@ -19,7 +17,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--transcript", metavar="TEXT", help="what is said in all the sounds, for a reward of speech")
     parser.add_argument("--image", metavar="FILE", help="the picture that was edited, for a reward that judges edits")
     words, own = split_fields(arguments)
-    words, several = _several(words)
+    words, several = several_of(words)
     chosen = parser.parse_args(words)
     quiet()
     from diffalign.api import score_files_by_part
@@ -33,17 +31,3 @@ def run(arguments: list[str]) -> int:
     for file, value, parts in score_files_by_part(chosen.reward, files, chosen.prompt, source, fields, chosen.transcript):
         print("\t".join([f"{value:.6g}", str(file), *(f"{name} {raw:.6g}" for name, raw in parts.items())]))
     return 0
-
-
-def _several(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """(the words, `--reward A B` as `--reward compose`; its parts). What follows a reward's name and names none is a picture."""
-    if "--reward" not in arguments:
-        return arguments, []
-    from diffalign.registry import table
-
-    at = arguments.index("--reward") + 1
-    known = table("rewards")
-    count = sum(1 for _ in takewhile(lambda word: word in known or ".py:" in word, arguments[at:]))
-    if count < 2:
-        return arguments, []
-    return [*arguments[:at], "compose", *arguments[at + count :]], [f"--reward.parts={json.dumps(arguments[at : at + count])}"]

@@ -6,7 +6,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-from diffalign.commands.common import parser_of, quiet, split_fields
+from diffalign.commands.common import parser_of, quiet, several_of, split_fields
 from diffalign.errors import InputError
 
 TOKEN = "DIFFALIGN_SERVE_TOKEN"
@@ -14,7 +14,9 @@ TOKEN = "DIFFALIGN_SERVE_TOKEN"
 
 def run(arguments: list[str]) -> int:
     parser = parser_of("serve", "diffalign serve --reward hps-v2.1 --port 8770")
-    parser.add_argument("--reward", required=True, metavar="NAME", help="with --reward.FIELD for its fields, as diffalign train has them")
+    parser.add_argument(
+        "--reward", required=True, metavar="NAME", help="or several names; with --reward.FIELD for fields, as diffalign train has them"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="by default 127.0.0.1, this machine alone; others want a token")
     parser.add_argument("--port", type=int, default=8770, help="by default 8770; 0 for a free one, which is printed")
     parser.add_argument("--token-file", metavar="FILE", help=f"a file with the token that clients must show; or set {TOKEN}")
@@ -26,6 +28,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--media-folder", metavar="DIR", help="clients on this machine may name files in it, such as one in /dev/shm")
     parser.add_argument("--device", help="by default cuda, mps or cpu, the first there is")
     words, own = split_fields(arguments)
+    words, several = several_of(words)
     chosen = parser.parse_args(words)
     if missing := [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]:
         raise InputError(f"diffalign serve needs {' and '.join(missing)}: pip install 'diffalign[serve]'")
@@ -44,16 +47,19 @@ def run(arguments: list[str]) -> int:
         raise InputError(f"--host {chosen.host} lets other machines in: give --token-file FILE, or set {TOKEN}.")
     with bind(chosen.host, chosen.port) as sock:  # before the reward is made: the wait would be for nothing
         from diffalign.batching import Scorer
-        from diffalign.composing import make_reward
+        from diffalign.composing import make_reward, with_part_flags
         from diffalign.config import reward_fields
         from diffalign.console import say
-        from diffalign.contract import short_name
+        from diffalign.contract import CheckedReward, short_name
+        from diffalign.flags import normal
         from diffalign.models import device_of
         from diffalign.settings import Settings
 
-        reward, _ = make_reward(chosen.reward, reward_fields(chosen.reward, own))
+        fields = reward_fields(chosen.reward, with_part_flags(normal([*several, *own])))
+        (reward, _), name = make_reward(chosen.reward, fields), short_name(chosen.reward)
+        CheckedReward(reward, name).check_settled("diffalign serve is none")
         device = device_of(Settings(device=chosen.device))
-        scorer = Scorer(reward, short_name(chosen.reward), device, min(chosen.max_batch, chosen.queue), chosen.queue)
+        scorer = Scorer(reward, name, device, min(chosen.max_batch, chosen.queue), chosen.queue)
         say(f"Serving {scorer.name} on {device}, {'with' if token else 'without'} a token. Ctrl-C stops.")
         print(url_of(sock), flush=True)  # alone on standard output: scripts that gave --port 0 read it
         serve(scorer, Limits(token, chosen.max_bytes, chosen.max_pixels, chosen.timeout, folder), [sock])
