@@ -115,7 +115,7 @@ class Remote:
         or has become another reward, and for pictures that are no float (B, 3, H, W) in [0, 1]."""
         if not self.said:
             self.open()
-        if self.modality == "image":
+        if self.said.get("modality") == "image":  # the twin takes both
             check_pictures(media, prompts)
         size = self.batch_size or self._fitting(media, prompts)
         starts = range(0, len(prompts), size)
