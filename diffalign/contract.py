@@ -51,8 +51,8 @@ def as_reward(thing: Any) -> Reward:
 
 
 def short_name(name: str) -> str:
-    """What logs call a reward: the name itself, or `red` for `some/file.py:red`."""
-    return name.rpartition(":")[2]
+    """What logs call a reward: the name itself, `red` for `some/file.py:red`, and `mine` for the folder `trained/mine`."""
+    return name.rpartition(":")[2] if ".py:" in name else Path(name).absolute().name
 
 
 def name_of(reward: Any) -> str:
@@ -86,6 +86,11 @@ class CheckedReward:
     @property
     def modality(self) -> Modality:
         return self.reward.modality
+
+    @property
+    def learns(self) -> bool:
+        """Whether its scale moves in a training: scores of two of its steps do not compare."""
+        return self.reward.learns if isinstance(self.reward, ComposedReward) else isinstance(self.reward, StatefulReward)
 
     def open(self) -> None:
         """Load the weights of a reward that has some; raises InputError for what is wrong with them, before anything expensive is done."""

@@ -90,12 +90,21 @@ def eval_rewards(plan: Plan) -> list[CheckedReward]:
         return named_rewards(plan.settings.eval_rewards or [], dry=plan.settings.tiny)
     plan.reward.open()
     others = [name for name in plan.settings.eval_rewards or [] if name != plan.reward_name]
-    return [CheckedReward(plan.reward.reward, plan.reward.name), *named_rewards(others, dry=plan.settings.tiny)]
+    return [CheckedReward(plan.reward.reward, plan.reward.name), *named_rewards(others, dry=plan.settings.tiny, taken=plan.reward.name)]
 
 
-def named_rewards(names: Sequence[str], fields: Mapping[str, Any] | None = None, *, dry: bool = False) -> list[CheckedReward]:
-    """The rewards of these names, opened; `dry`: as their tiny twins. `fields` are for all of them; without, they have their defaults."""
-    rewards = [CheckedReward(make_reward(name, fields or {})[0], short_name(name), tiny=dry) for name in dict.fromkeys(names)]
+def named_rewards(
+    names: Sequence[str], fields: Mapping[str, Any] | None = None, *, dry: bool = False, taken: str | None = None
+) -> list[CheckedReward]:
+    """The rewards of these names, opened; `dry`: as their tiny twins. `fields` are for all of them; without, they have their defaults.
+
+    One whose short name another has, or that is `taken`, goes by its full name.
+    """
+    rewards, called = list[CheckedReward](), {taken}
+    for name in dict.fromkeys(names):
+        short = short_name(name)
+        rewards.append(CheckedReward(make_reward(name, fields or {})[0], name if short in called else short, tiny=dry))
+        called.add(short)
     for reward in rewards:
         reward.open()
     return rewards

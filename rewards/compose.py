@@ -13,7 +13,7 @@ from torch import Tensor
 from diffalign.contract import CheckedReward
 from diffalign.errors import InputError
 from diffalign.parts import Moments, Part
-from diffalign.types import LearnedReward, Modality, Prompts, StatefulReward
+from diffalign.types import LearnedReward, Modality, Prompts, Reward, StatefulReward
 
 Combine = Literal["sum", "min", "product"]
 NEUTRAL = {"sum": 0.0, "min": float("inf"), "product": 1.0}  # what a part is to a prompt that it is not for
@@ -82,6 +82,11 @@ class Compose:
     def still(self) -> list[str]:
         """The parts without a gradient."""
         return [part.label for part in self.parts if not part.differentiable]
+
+    @property
+    def weighted(self) -> list[Reward]:
+        """The rewards of the parts whose weight is not 0."""
+        return [part.reward for part in self.parts if part.weight]
 
     @property
     def modality(self) -> Modality:

@@ -7,6 +7,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from diffalign.commands.common import parser_of, quiet, split_fields
+from diffalign.errors import InputError
 
 
 def run(arguments: list[str]) -> int:
@@ -17,9 +18,16 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("--prompt", help="the prompt of all the pictures, for a reward that reads one")
     parser.add_argument("--image", metavar="FILE", help="the picture that was edited, for a reward that judges edits")
+    from diffalign.flags import is_number
+
     words, own = split_fields(arguments)
     words, several = _several(words)
-    chosen = parser.parse_args(words)
+    weights = own[own.index("--reward.weights") + 1 :][:1] if several and "--reward.weights" in own else []
+    if weights and not is_number(weights[0]):
+        raise InputError(f"--reward.weights: '{weights[0]}' is no number: give one for each reward, in their order.")
+    chosen = parser.parse_intermixed_args(words)
+    if "" in chosen.files:
+        raise InputError("A word is empty where a reward's or a picture's name should be: leave it out.")
     quiet()
     from diffalign.api import score_files_by_part
     from diffalign.composing import with_part_flags
@@ -37,11 +45,10 @@ def _several(arguments: list[str]) -> tuple[list[str], list[str]]:
     """(the words, `--reward A B` as `--reward compose`; its parts). What follows a reward's name and names none is a picture."""
     if "--reward" not in arguments:
         return arguments, []
-    from diffalign.registry import table
+    from diffalign.registry import names_reward
 
     at = arguments.index("--reward") + 1
-    known = table("rewards")
-    count = sum(1 for _ in takewhile(lambda word: word in known or ".py:" in word, arguments[at:]))
+    count = sum(1 for _ in takewhile(names_reward, arguments[at:]))
     if count < 2:
         return arguments, []
     return [*arguments[:at], "compose", *arguments[at + count :]], [f"--reward.parts={json.dumps(arguments[at : at + count])}"]
