@@ -26,8 +26,14 @@ def interval_over(groups: Sequence[Any], statistic: Callable[[NDArray[np.int64]]
 
 def _by_group(groups: Sequence[Any]) -> list[NDArray[np.int64]]:
     """The indices of each group's rows."""
-    names = np.unique(np.asarray(groups), return_inverse=True)[1]
+    names = _numbered(groups)
     return np.split(np.argsort(names, kind="stable"), np.cumsum(np.bincount(names))[:-1])
+
+
+def _numbered(groups: Sequence[Any]) -> NDArray[np.int64]:
+    """(n,) the number of each row's group; an array of texts would make each as long as the longest."""
+    numbers = {group: number for number, group in enumerate(sorted(set(groups)))}
+    return np.array([numbers[group] for group in groups], dtype=np.int64)
 
 
 def _percentiles(found: Sequence[float]) -> tuple[float, float]:
@@ -46,7 +52,7 @@ class Accuracy(NamedTuple):
 
 def accuracy(margins: Array, prompts: Sequence[Any], seed: int = 0, resamples: int = 2_000) -> Accuracy:
     """The share of n pairs that are ordered right, a tie counting half, with a 95% bootstrap interval over the pairs' `prompts`."""
-    scores, names = right(margins), np.unique(np.asarray(prompts), return_inverse=True)[1]
+    scores, names = right(margins), _numbered(prompts)
     sums, counts = np.bincount(names, scores), np.bincount(names)  # as `interval_over`, without the rows: there may be a million
     rng, found = np.random.default_rng(seed), list[float]()
     for _ in range(resamples):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -41,6 +42,61 @@ def whole(path: Path) -> Iterator[Path]:
     draft.replace(path)
     _remove(old)
     _sync(path.parent)  # the move itself
+
+
+@contextmanager
+def whole_by_one(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path` to write a new folder in, as `whole` has it, for one process at a time.
+
+    Raises InputError where another process is writing `path`, before anything is done, and where `path` holds something when the block
+    ends: what was written is then kept beside it.
+    """
+    draft = path.with_name(f".{path.name}.draft")
+    draft.mkdir(exist_ok=True)
+    held = os.open(draft, os.O_RDONLY)
+    try:
+        taken = _taken(held, draft)
+        if taken and occupied(path):
+            _remove(draft)
+        if not taken or occupied(path):
+            raise InputError(f"{path} is being written by another process: wait for it, or choose another --output.")
+        yield from _written(path, draft)
+    finally:
+        os.close(held)
+
+
+def _taken(held: int, folder: Path) -> bool:
+    """Whether the open folder is locked now, and still the one of that name: another process may have moved it away meanwhile."""
+    import fcntl  # not on Windows
+
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return folder.stat().st_ino == os.fstat(held).st_ino
+    except (BlockingIOError, FileNotFoundError):
+        return False
+
+
+def _written(path: Path, draft: Path) -> Iterator[Path]:
+    for left in draft.iterdir():  # by one that was killed
+        _remove(left)
+    try:
+        yield draft
+        for part in (*draft.rglob("*"), draft):
+            _sync(part)
+    except BaseException:
+        _remove(draft)
+        raise
+    if occupied(path):
+        kept = Path(tempfile.mkdtemp(prefix=f"{path.name}-", dir=path.parent))
+        draft.replace(kept)
+        raise InputError(f"{path} was written by another process meanwhile and is left alone: the result is in {kept}.")
+    draft.replace(path)
+    _sync(path.parent)
+
+
+def occupied(path: Path) -> bool:
+    """Whether there is a file, or a folder that holds something."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
 def _sync(path: Path) -> None:

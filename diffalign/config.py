@@ -105,7 +105,9 @@ def _absolute(source: str | None) -> str | None:
 
 
 def _absolute_plugin(name: str) -> str:
-    """`path/to/file.py:Name` from the root; other names as they are."""
+    """`path/to/file.py:Name` and a trained reward's folder from the root; other names as they are."""
+    if folder := registry.trained_folder(name):
+        return _absolute(str(folder)) or name
     file, colon, attribute = name.rpartition(":")
     return f"{_absolute(file)}:{attribute}" if colon and file.endswith(".py") else name
 
@@ -301,15 +303,6 @@ def _undeclared(reward: Any) -> list[str]:
     """What an object that was taken for a bare callable leaves unsaid; nothing of a function, which cannot say it."""
     thing = reward.function if isinstance(reward, FunctionReward) else reward
     return [] if inspect.isroutine(thing) else [name for name in ("differentiable", "modality") if name not in dir(thing)]
-
-
-def same_reward(plan: Plan, name: str) -> bool:
-    """Whether the reward of this name, with its usual fields, is the one that is trained on."""
-    if plan.reward_name is None or plan.reward_is_live or _absolute_plugin(name) != _absolute_plugin(plan.reward_name):
-        return False
-    thing, preset = registry.find("rewards", name)
-    usual = {**{n: default for n, (_, default, _) in parameters(thing).items()}, **preset}
-    return {**usual, **plan.reward_fields} == usual
 
 
 def resolve(given: Mapping[str, Any], reward: Any = None, *, rewarded: bool = True) -> Plan:

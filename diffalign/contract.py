@@ -74,8 +74,8 @@ def as_reward(thing: Any) -> Reward:
 
 
 def short_name(name: str) -> str:
-    """What logs call a reward: the name itself, or `red` for `some/file.py:red`."""
-    return name.rpartition(":")[2]
+    """What logs call a reward: the name itself, `red` for `some/file.py:red`, and `mine` for the folder `trained/mine`."""
+    return name.rpartition(":")[2] if ".py:" in name else Path(name).absolute().name
 
 
 def name_of(reward: Any) -> str:
@@ -144,6 +144,11 @@ class CheckedReward:
     def sample_rate(self) -> int | None:
         """Of the sounds that it wants, Hz; None where any will do, and of pictures."""
         return self.reward.sample_rate if isinstance(self.reward, SoundReward) else None
+
+    @property
+    def learns(self) -> bool:
+        """Whether its scale moves in a training: scores of two of its steps do not compare."""
+        return getattr(self.reward, "learns", isinstance(self.reward, StatefulReward))
 
     def open(self) -> None:
         """Load the weights of a reward that has some; raises InputError for what is wrong with them, before anything expensive is done."""

@@ -62,7 +62,8 @@ class Measured:
     """One evaluation of P prompts and S samples of each.
 
     `rewards`: of each watched reward (P, S) scores; `diversity`: (P,) differences of a prompt's samples; `kl`: to the base model, in nats
-    per latent dimension; `trained`: the mean score of the reward that is trained on, None where there is none.
+    per latent dimension; `trained`: the mean score of the reward that is trained on, None where there is none, or where its scale moves as
+    it learns.
     """
 
     step: int
@@ -157,7 +158,7 @@ def decide(guard: Guard, state: State, measured: Measured) -> tuple[State, dict[
     - Diversity is held against the first evaluation, and the KL against `guard.kl`.
     - A measure that fails `guard.patience` times in a row fires: to end a training a fall must be proven.
     - The best evaluation is the one of highest trained reward of those at which all was within its limits, the first one included; without
-      such a reward the last of them: to be kept, weights must not even seem to have fallen so far.
+      such a number the last of them: to be kept, weights must not even seem to have fallen so far.
     """
     step, means = measured.step, {name: [fmean(scores) for scores in rows] for name, rows in measured.rewards.items()}
     spreads = {name: stdev([score for row in rows for score in row]) for name, rows in measured.rewards.items()}

@@ -15,33 +15,69 @@ import torch
 from torch import Tensor
 
 from diffalign import guard as rule
+from diffalign import registry
 from diffalign.checkpoint import whole
-from diffalign.config import Plan, same_reward
+from diffalign.config import Plan
 from diffalign.console import say
-from diffalign.contract import CheckedReward, check_modality
+from diffalign.contract import CheckedReward, FunctionReward, check_modality
 from diffalign.data import Prompt
 from diffalign.errors import InputError
 from diffalign.evaluate import kl_to_base, pairwise_distance, sample, score
+from diffalign.flags import COMPOSE, parameters
 from diffalign.inputs import named_rewards
 from diffalign.loop import Row, Training
 from diffalign.processes import one_for_all
 from diffalign.run import Run
+from diffalign.types import ComposedReward
 
 KL_PROMPTS = 16  # the KL is a mean over all latent dimensions of a sample too, and needs fewer
+TECHNICAL = (  # fields of rewards that do not say what is judged
+    *("precision", "batch_size", "checkpoint", "tokenizer", "revision", "clip", "base", "backend"),
+    *("timeout", "retries", "wait", "parallel", "encoding", "token_env"),
+)
 
 
 def guard_rewards(plan: Plan) -> list[CheckedReward]:
     """The rewards that the plan's guard watches, opened. Raises InputError for the one that is trained on, and for unclear names."""
     names = plan.settings.guard.rewards
     for name in names:
-        if plan.method.needs.reward and same_reward(plan, name):
-            raise InputError(f"guard: {name} is what is trained on, and cannot watch over itself: name a reward of another make.")
+        if trained_on(plan, name):
+            raise InputError(
+                f"guard: {name} is what is trained on, or a part of it, and cannot watch over itself: name a reward of another make."
+            )
     rewards = named_rewards(names, dry=plan.settings.tiny)
     called = [rule.DIVERSITY, rule.KL, *(reward.name for reward in rewards)]
     for name in called:
         if called.count(name) > 1:
             raise InputError(f"guard: two measures would be called {name} in its log: give the reward another name.")
     return rewards
+
+
+def trained_on(plan: Plan, name: str) -> bool:
+    """Whether the plan trains on the reward of this name, with its usual fields, as its reward or as a part with a weight."""
+    if plan.reward is None or not plan.method.needs.reward:
+        return False
+    if plan.reward_is_live:
+        reward = plan.reward.reward
+        weighted = reward.weighted if isinstance(reward, ComposedReward) else [reward]
+        own = [(each if isinstance(each, FunctionReward) else type(each), getattr(each, "__dict__", {})) for each in weighted]
+    else:
+        given = plan.reward_fields
+        parts = given["parts"] if plan.reward_name == COMPOSE else [{**given, "name": plan.reward_name, "weight": 1.0}]
+        own = [(registry.find("rewards", part["name"])[0], part) for part in parts if part["weight"]]
+    watched = _identity(*registry.find("rewards", name))
+    return any(_identity(thing, fields) == watched for thing, fields in own)
+
+
+def _identity(thing: Any, given: Mapping[str, Any]) -> tuple[Any, dict[str, str]]:
+    """What makes a reward: the class or function, and the fields that say what is judged."""
+    trained = thing is registry.find("rewards", "trained")[0]  # of which the folder says all
+    known = {
+        key: default for key, (_, default, _) in parameters(thing).items() if key not in TECHNICAL or (trained and key == "checkpoint")
+    }
+    fields = {key: given.get(key, default) for key, default in known.items()}
+    absolute = {key: value.expanduser().resolve() if isinstance(value, Path) else value for key, value in fields.items()}
+    return thing.function if isinstance(thing, FunctionReward) else thing, {key: str(value) for key, value in absolute.items()}
 
 
 def check_guard(rewards: Sequence[CheckedReward], policy: Any, held_out: Sequence[Prompt]) -> None:
@@ -75,7 +111,11 @@ def guard_rows(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     except ValueError as error:
-        raise InputError(f"{file} is damaged: a line of it is no JSON. Mend or delete that line.") from error
+        raise _damaged(file) from error
+
+
+def _damaged(file: Path) -> InputError:
+    return InputError(f"{file} is damaged: a line of it is no JSON, or has no step. Mend or delete that line.")
 
 
 def guard_outcome(run: Run) -> dict[str, Any] | None:
@@ -84,12 +124,20 @@ def guard_outcome(run: Run) -> dict[str, Any] | None:
     return rule.outcome(guard, guard_rows(run.path)) if guard.rewards else None
 
 
-def rewind_guard(run: Run, step: int) -> None:
-    """Drop the lines after `step`, and one cut short by a kill: a resumed run writes them again."""
+def rewind_guard(run: Run, step: int, remembered: bool) -> None:
+    """Drop the lines after `step`, and one cut short by a kill: a resumed run writes them again.
+
+    `remembered`: whether the checkpoint holds the guard's state; else that of `step` itself is written again too. Raises InputError for a
+    damaged line.
+    """
     file = run.path / "guard.jsonl"
     if not file.is_file():
         return
-    lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
+    whole_lines = [line for line in file.read_text(errors="replace").splitlines(keepends=True) if line.endswith("\n")]
+    try:
+        lines = [line for line in whole_lines if json.loads(line)["step"] < step + remembered]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(file) from error
     with whole(file) as draft:
         draft.write_text("".join(lines))
 
@@ -167,7 +215,8 @@ class Guarding:
             return score(reward, media, prompts, self.policy, batch_size=settings.batch_size)
 
         trained = None
-        if plan.method.needs.reward and plan.reward is not None:  # counted apart: these are no queries of the training
+        if plan.method.needs.reward and plan.reward is not None and not plan.reward.learns:
+            # counted apart: these are no queries of the training
             trained = CheckedReward(plan.reward.reward, plan.reward.name)
         return rule.Measured(
             step,

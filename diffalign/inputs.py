@@ -108,17 +108,23 @@ def eval_rewards(plan: Plan) -> list[CheckedReward]:
         return named_rewards(plan.settings.eval_rewards or [], dry=plan.settings.tiny)
     plan.reward.open()
     others = [name for name in plan.settings.eval_rewards or [] if name != plan.reward_name]
-    return [CheckedReward(plan.reward.reward, plan.reward.name), *named_rewards(others, dry=plan.settings.tiny)]
+    return [CheckedReward(plan.reward.reward, plan.reward.name), *named_rewards(others, dry=plan.settings.tiny, taken=plan.reward.name)]
 
 
 def named_rewards(
-    names: Sequence[str], fields: Mapping[str, Any] | None = None, *, dry: bool = False, made: Modality | None = None
+    names: Sequence[str],
+    fields: Mapping[str, Any] | None = None,
+    *,
+    dry: bool = False,
+    made: Modality | None = None,
+    taken: str | None = None,
 ) -> list[CheckedReward]:
     """The rewards of these names, opened; `dry`: as their tiny twins. `fields` are for all of them; without, they have their defaults.
 
-    Raises InputError where one judges other media than are `made`, before any is opened.
+    One whose short name another has, or that is `taken`, goes by its full name. Raises InputError where one judges other media than are
+    `made`, before any is opened.
     """
-    rewards = _made(names, fields, dry=dry)
+    rewards = _made(names, fields, dry=dry, taken=taken)
     check_judges(rewards, made)
     for reward in rewards:
         reward.open()
@@ -126,8 +132,15 @@ def named_rewards(
     return rewards
 
 
-def _made(names: Sequence[str], fields: Mapping[str, Any] | None = None, *, dry: bool = False) -> list[CheckedReward]:
-    return [CheckedReward(make_reward(name, fields or {})[0], short_name(name), tiny=dry) for name in dict.fromkeys(names)]
+def _made(
+    names: Sequence[str], fields: Mapping[str, Any] | None = None, *, dry: bool = False, taken: str | None = None
+) -> list[CheckedReward]:
+    rewards, called = list[CheckedReward](), {taken}
+    for name in dict.fromkeys(names):
+        short = short_name(name)
+        rewards.append(CheckedReward(make_reward(name, fields or {})[0], name if short in called else short, tiny=dry))
+        called.add(short)
+    return rewards
 
 
 def check_judges(rewards: Sequence[CheckedReward], made: Modality | None) -> None:

@@ -225,18 +225,33 @@ def installed(entry: Entry) -> bool:
     return entry.package is None or importlib.util.find_spec(entry.package) is not None
 
 
+def trained_folder(name: str) -> Path | None:
+    """The folder that a reward's name is, one that `diffalign reward train` has made; None for other names."""
+    path = Path(name).expanduser()
+    return path if name and name not in table("rewards") and (path / "config.json").is_file() else None
+
+
+def names_reward(word: str) -> bool:
+    """Whether the word is a reward's name, as far as its form says."""
+    return word in table("rewards") or ".py:" in word or trained_folder(word) is not None
+
+
 def find(kind: Kind, name: str) -> tuple[Any, dict[str, Any]]:
-    """The class or function that `name` stands for and its preset fields: a row's name, or `path/to/file.py:Name`.
+    """The class or function that `name` stands for and its preset fields: a row's name, `path/to/file.py:Name`, or the folder of a trained
+    reward.
 
     Raises InputError for an unknown name (with the nearest), a missing extra (with the pip command), or a file that does not load.
     """
     if ".py:" in name:
-        found = _from_file(name)
+        file, _, attribute = name.rpartition(":")
+        found = _from_file(Path(file).expanduser().resolve(), attribute)
         lacking = [part for part in ("needs", "defaults", "losses") if kind == "methods" and part not in dir(found)]
         if lacking:
             raise InputError(f"{name} is no method: it lacks {', '.join(lacking)}. See docs/design.md, and diffalign/methods/draft.py.")
         return found, {}
     rows = table(kind)
+    if kind == "rewards" and (folder := trained_folder(name)):
+        return find("rewards", "trained")[0], {"checkpoint": folder}
     if name not in rows:
         raise InputError(f"There is no {kind[:-1]} '{name}'. {nearest(name, rows)}")
     entry = rows[name]
@@ -253,9 +268,7 @@ def defaults_of(method: str) -> dict[str, Any]:
 
 
 @functools.cache
-def _from_file(name: str) -> Any:
-    file, _, attribute = name.rpartition(":")
-    path = Path(file).expanduser()
+def _from_file(path: Path, attribute: str) -> Any:
     if not path.is_file():
         raise InputError(f"{path} does not exist. A plug-in is named as path/to/file.py:Name.")
     spec = importlib.util.spec_from_file_location(f"diffalign_plugin_{path.stem}", path)

@@ -30,7 +30,8 @@ from diffalign.layouts import Picture
 from diffalign.media import fit, to_tensor
 from diffalign.models import device_of
 from diffalign.records import Fault, Tally
-from diffalign.reward_model import CONFIG, SPLIT
+from diffalign.registry import trained_folder
+from diffalign.reward_model import SPLIT
 from diffalign.settings import Settings
 from diffalign.types import Prompts, Reward
 
@@ -79,22 +80,13 @@ def open_rewards(names: Sequence[str], fields: Mapping[str, Any] | None = None) 
         raise InputError(f"--reward.{next(iter(fields))}: fields are of one reward, and {len(names)} are named. Test them one by one.")
     rewards = list[CheckedReward]()
     for name in dict.fromkeys(names):
-        if is_folder(name):
-            (reward,) = named_rewards(["trained"], {"checkpoint": Path(name), **(fields or {})})
-            reward.name = Path(name).name
-        else:
-            (reward,) = named_rewards([name], fields)
+        (reward,) = named_rewards([name], fields)
         if reward.modality != "image":
             raise InputError(f"{name} judges {reward.modality}, and the data is of pictures.")
         if any(reward.name == other.name for other in rewards):
             reward.name = name
         rewards.append(reward)
     return rewards
-
-
-def is_folder(name: str) -> bool:
-    """Whether a reward's name is the folder of a trained one."""
-    return (Path(name).expanduser() / CONFIG).is_file()
 
 
 def evaluate_rewards(
@@ -271,7 +263,7 @@ def marks_of(names: Sequence[str]) -> dict[str, set[str]]:
 
     Raises InputError where none is a trained reward's folder, or its list is missing or damaged.
     """
-    folders = [Path(name).expanduser() for name in names if is_folder(name)]
+    folders = [folder for name in names if (folder := trained_folder(name))]
     if not folders:
         raise InputError("--split tells what a trained reward has seen from what it has not: name its folder in --reward, or drop --split.")
     known: dict[str, set[str]] = {"prompts": set(), "pictures": set()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -24,7 +25,8 @@ LAYERS = "(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"  # of a transformer block: Si
 
 
 class Base(Protocol):
-    """A CLIP model: what `look` and `read` make of pixels (n, 3, S, S) and texts has one width D, and `view` prepares pictures."""
+    """A CLIP model: what `look` and `read` make of pixels (n, 3, S, S) and texts has one width D, `view` prepares
+    pictures, and `note` says which texts are cut."""
 
     network: Any
 
@@ -34,6 +36,8 @@ class Base(Protocol):
     def read(self) -> Callable[[list[str]], Tensor]: ...
     @property
     def view(self) -> Callable[[Tensor], Tensor]: ...
+    @property
+    def note(self) -> Callable[[Sequence[str]], None]: ...
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,8 @@ class RewardModel:
 def prepare(architecture: Architecture, base: Base, *, width: int, scale: float, seed: int) -> RewardModel:
     """A model on the base, whose features are `width` wide, at its start: every output is `scale` times the cosine.
 
-    Its random halves (the hidden layer's, LoRA's) are drawn from `seed`. Raises InputError where the base has no layers for a LoRA.
+    Its random halves (the hidden layer's, LoRA's) are drawn from `seed`. Raises InputError where the base has no layers for a LoRA, or
+    narrower ones than its rank.
     """
     network = base.network.requires_grad_(False)
     towers = [*TOWERS["vision"], *(TOWERS["text"] if architecture.train_text else ())]
@@ -135,6 +140,9 @@ def _attach(network: Any, architecture: Architecture, seed: int) -> None:
     which = "(vision|text)" if architecture.train_text else "vision"
     alpha: Any = architecture.lora_alpha  # peft's annotation is narrower than what it takes
     layers = rf"{which}_model\.encoder\.layers\..*\.{LAYERS}"
+    width = min((min(layer.weight.shape) for name, layer in network.named_modules() if re.fullmatch(layers, name)), default=math.inf)
+    if architecture.lora_rank > width:
+        raise InputError(f"lora_rank is {architecture.lora_rank}, and a layer is {width} wide: give {width} or less.")
     config = LoraConfig(r=architecture.lora_rank, lora_alpha=alpha, target_modules=layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

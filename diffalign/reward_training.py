@@ -6,16 +6,18 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 
 from diffalign import judged, registry
-from diffalign.checkpoint import whole
+from diffalign.checkpoint import occupied, whole_by_one
 from diffalign.console import say, watch
 from diffalign.data import PicturePrompt, text_of
 from diffalign.errors import InputError
@@ -49,17 +51,17 @@ def train_reward(data: str | Path, output: str | Path, **given: Any) -> Path:
 
 def fit(fitting: Fitting, output: Path) -> Path:
     """Train, and write `output`: it is there whole or not at all. After Ctrl-C it has the best weights until then."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if occupied(output):
         raise InputError(f"{output} exists already: choose another --output, or remove it.")
     device = device_of(Settings(device=fitting.device))
     check(fitting.data, KINDS[fitting.loss])
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with whole(output) as draft:
-            draft.mkdir()
-            stopped = _fit(fitting, device, draft)
-    except PermissionError as error:
-        raise InputError(f"{output} cannot be written ({error.strerror}): choose another --output.") from error
+    with ExitStack() as stack:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            draft = stack.enter_context(whole_by_one(output))
+        except OSError as error:
+            raise InputError(f"{output} cannot be written ({error.strerror}): choose another --output.") from error
+        stopped = _fit(fitting, device, draft)
     if stopped is not None:
         raise KeyboardInterrupt(f"Interrupted after step {stopped}. {output} holds the best weights until then.")
     return output
@@ -77,6 +79,7 @@ def _fit(fitting: Fitting, device: torch.device, folder: Path) -> int | None:
         raise InputError(f"{fitting.data}: no {kind} are left. {tally.in_words()}")
     if any(isinstance(row.prompt, PicturePrompt) for row in rows):
         raise InputError(f"{fitting.data} is of edits: this reward reads the prompt and the picture, and not the source that was edited.")
+    model.base.note([text_of(row.prompt) for row in rows])
     train, held = ([rows[i] for i in side] for side in judged.split(rows, fitting.held_out, fitting.seed))
     objective: Objective = BradleyTerry(fitting.label_smoothing)
     if fitting.loss == "ratings":
@@ -105,9 +108,12 @@ def _fit(fitting: Fitting, device: torch.device, folder: Path) -> int | None:
         "training": asdict(fitting),
         "versions": versions(),
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / SPLIT).write_text(json.dumps({"train": judged.marks(train), "heldout": judged.marks(held)}) + "\n", encoding="utf-8")
-    save_file({name: p.detach().cpu().contiguous() for name, p in model.trained().items()}, folder / WEIGHTS)
+    try:
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / SPLIT).write_text(json.dumps({"train": judged.marks(train), "heldout": judged.marks(held)}) + "\n", encoding="utf-8")
+        save_file({name: p.detach().cpu().contiguous() for name, p in model.trained().items()}, folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"The reward could not be written ({error}): make room, or choose another --output.") from error
     say(_result(numbers, kind, held))
     return stopped
 

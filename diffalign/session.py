@@ -175,7 +175,7 @@ def drive(
         training.restore(state)
         if main:
             run.rewind_metrics(training.context.step)
-            rewind_guard(run, training.context.step)
+            rewind_guard(run, training.context.step, bool(training.guard))
         say(f"Resuming {run.path} at step {training.context.step}.")
     if main:
         say_notes(policy)

@@ -410,7 +410,7 @@ class ComposedReward(Reward, Protocol):
 
     `learns` says whether it has a state at all, `waits` that statistics are lacking before `total` can be; `presume` takes the first raw
     scores (N, parts) for them. `check` raises InputError for a prompt that no part is for, and of a training's `whole` prompts for a part
-    that is for none; `still` are the parts without a gradient.
+    that is for none; `still` are the parts without a gradient, `weighted` the rewards whose weight is not 0.
     """
 
     @property
@@ -419,6 +419,8 @@ class ComposedReward(Reward, Protocol):
     def learns(self) -> bool: ...
     @property
     def waits(self) -> bool: ...
+    @property
+    def weighted(self) -> Sequence[Reward]: ...
 
     def measure(self, media: Tensor, prompts: Prompts) -> dict[str, Tensor]: ...
     def total(self, raw: Mapping[str, Tensor]) -> Tensor: ...

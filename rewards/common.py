@@ -125,7 +125,7 @@ class Words:
         if long:
             self.said = True
             logging.getLogger("diffalign").warning(
-                "%s reads %d tokens of a prompt: %d of the %d prompts of this batch are longer, and the rest of them is not read. "
+                "%s reads %d tokens of a prompt: %d of %d prompts are longer, and the rest of them is not read. "
                 "This is said once.", self.name, self.length, long, len(distinct),
             )  # fmt: skip
 

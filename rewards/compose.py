@@ -13,7 +13,7 @@ from torch import Tensor
 from diffalign.contract import CheckedReward, judged
 from diffalign.errors import InputError
 from diffalign.parts import Moments, Part
-from diffalign.types import LearnedReward, Modality, Prompts, SoundReward, StatefulReward
+from diffalign.types import LearnedReward, Modality, Prompts, Reward, SoundReward, StatefulReward
 
 Combine = Literal["sum", "min", "product"]
 NEUTRAL = {"sum": 0.0, "min": float("inf"), "product": 1.0}  # what a part is to a prompt that it is not for
@@ -91,6 +91,11 @@ class Compose:
     def told(self) -> bool:
         """Whether it is known what the parts judge, which is the same for all."""
         return any(judged(part.reward) is not None for part in self.parts)
+
+    @property
+    def weighted(self) -> list[Reward]:
+        """The rewards of the parts whose weight is not 0."""
+        return [part.reward for part in self.parts if part.weight]
 
     @property
     def modality(self) -> Modality:

@@ -41,6 +41,14 @@ def test_prompts_weigh_as_much_as_they_have_pairs() -> None:
     assert agreement.accuracy(margins, prompts, 5, 300)[1:] == pytest.approx(whole)
 
 
+def test_groups_are_told_apart_by_all_of_their_text() -> None:
+    """An array of texts would drop a NUL at the end, and be as wide as the longest: here 4 GB."""
+    prompts = ["a", "a\0", "x" * 100_000, *(f"{i}" for i in range(10_000))]
+    rows = agreement._by_group(prompts)
+    assert len(rows) == len(prompts)
+    assert [prompts[own[0]] for own in rows] == sorted(prompts)
+
+
 def test_the_scale_is_that_of_the_largest_likelihood() -> None:
     """Margins of 1, three right and one wrong: sigmoid(s) = 3/4, s = log 3. In other units it scales along."""
     margins = np.array([1.0, 1.0, 1.0, -1.0])

@@ -313,7 +313,14 @@ def test_resume_takes_more_steps(files: Path, run_cli: Any, tmp_path: Path) -> N
 def test_score(run_cli: Any, tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "red").save(tmp_path / "flat.png")
     Image.effect_noise((64, 64), 80).save(tmp_path / "grey.png")
-    outcome = run_cli("score", "--reward", "jpeg-compressibility", "flat.png", "grey.png", "--prompt", "x")
+    one, several = ("--reward", "jpeg-compressibility"), ("--reward", "jpeg-compressibility", "jpeg-incompressibility")
+    for words, message in (
+        ((*several, "--reward.weights", "a", "b", "--prompt", "x", "flat.png"), "--reward.weights: 'a' is no number: give one for each"),
+        ((*one, "", "--prompt", "x", "flat.png"), "A word is empty where a reward's or a picture's name should be"),
+    ):
+        outcome = run_cli("score", *words)
+        assert (outcome.status, message in outcome.err) == (2, True), outcome.err
+    outcome = run_cli("score", "--reward", "jpeg-compressibility", "flat.png", "--prompt", "x", "grey.png")
     scores = {line.split("\t")[1]: float(line.split("\t")[0]) for line in outcome.out.splitlines()}
     assert scores["flat.png"] > scores["grey.png"]
     (tmp_path / "cut.png").write_bytes((tmp_path / "grey.png").read_bytes()[:500])

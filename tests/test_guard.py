@@ -24,7 +24,8 @@ from diffalign.config import resolve
 from diffalign.errors import InputError
 from diffalign.flags import nested
 from diffalign.guard import Guard, Measured, Reference, State, decide, goes_on, hold_against, paired
-from diffalign.guarding import check_guard, guard_rewards
+from diffalign.guarding import check_guard, guard_rewards, trained_on
+from diffalign.rewards.shapes import ShapesCLIP
 from diffalign.session import resume
 
 WATCHED = '''"""Rewards of the tests that guards watch."""
@@ -264,6 +265,28 @@ def test_a_resumed_run_decides_as_one_that_was_not_stopped(step: int, runs: Path
     assert bytes_of(cut) == bytes_of(runs / "guarded")
 
 
+def test_a_reward_that_learns_gives_no_number_to_choose_weights_by(here: Path, tmp_path: Path) -> None:
+    """Its scale moves with its statistics, and before the first round there are none: the last evaluation within the limits is the best."""
+    parts = [{"name": f"{here / 'rewards.py'}:red", "normalise": "running"}]
+    run = train(here, tmp_path / "run", 2, reward=parts, guard=guard_of(here, drop=9.0, every=1))
+    assert [(row["trained"], row["best_step"]) for row in rows_of(run.path)] == [(None, 0), (None, 1), (None, 2)]
+
+
+def test_a_guard_that_is_added_evaluates_once_however_often_the_run_is_killed(here: Path, runs: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(runs / "two", copy)
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    (copy / "config.yaml").write_text(yaml.safe_dump({**config, "guard": guard_of(here, drop=9.0)}))
+    line = '{"step": 2, "seconds": 1, "of": "the resumed run that was killed"}\n'
+    (copy / "guard.jsonl").write_text(line)
+    resume(copy, steps=3)
+    assert [row["step"] for row in rows_of(copy)] == [2, 3]
+    assert "killed" not in (copy / "guard.jsonl").read_text()
+    (copy / "guard.jsonl").write_text("{damaged\n" + line)
+    with pytest.raises(InputError, match=r"guard.jsonl is damaged: .* Mend or delete that line"):
+        resume(copy)
+
+
 def test_a_run_that_the_guard_has_ended_is_resumed_under_other_settings(
     here: Path, runs: Path, tmp_path: Path, run_cli: Callable[..., Any]
 ) -> None:
@@ -378,7 +401,7 @@ WRONG = [
     (["--guard", "jpeg-compressibility", "--guard.evry", "3"], "no setting 'guard.evry'. Did you mean 'guard.every'?"),
     (["--guard.drop", "0.1"], "guard.drop is set, and no reward is watched: --guard NAME"),
     (["--guard", "--steps", "3"], "guard is empty: name the rewards"),
-    (["--guard", "FILES/rewards.py:red"], "rewards.py:red is what is trained on, and cannot watch over itself"),
+    (["--guard", "FILES/rewards.py:red"], "rewards.py:red is what is trained on, or a part of it, and cannot watch over itself"),
     (["--guard", "FILES/watched.py:kl"], "two measures would be called kl in its log"),
     (["--guard", "FILES/watched.py:Loud"], "guard: Loud judges sound, and this pipeline makes pictures"),
     (["--guard", "FILES/watched.py:dull", "--eval-prompts", "FILES/empty.txt"], "empty.txt"),
@@ -405,6 +428,35 @@ def test_the_trained_reward_with_other_fields_is_another_reward() -> None:
     assert watched.name == "jpeg-compressibility"
     preferences = {"method": "diffusion-dpo", "reward": "jpeg-compressibility", "data": "pairs", "guard": ["jpeg-compressibility"]}
     assert len(guard_rewards(resolve(preferences))) == 1, "this method trains on pairs, and leaves the reward to the evaluation"
+
+
+@pytest.mark.parametrize(
+    ("reward", "watched", "same"),
+    [
+        ({"name": "clip", "precision": "bf16", "batch_size": 2, "revision": "abc"}, "clip", True),
+        ({"name": "clip", "model": "google/siglip-base-patch16-224"}, "clip", False),
+        (["clip", "aesthetic"], "aesthetic", True),
+        ([{"name": "clip"}, {"name": "aesthetic", "weight": 0, "normalise": "none"}], "aesthetic", False),
+        (["clip", {"name": "hps-v2", "version": "v2.1"}], "hps-v2.1", True),
+        (["shapes-checker", "clip"], "shapes-all-right", False),
+        (["clip", "FILES/watched.py:dull"], "FILES/../{name}/watched.py:dull", True),
+        (["clip", "FILES/watched.py:dull"], "FILES/watched.py:kl", False),
+    ],
+)
+def test_what_is_trained_on_may_not_watch_over_itself(reward: Any, watched: str, same: bool, here: Path) -> None:
+    given = json.loads(json.dumps(reward).replace("FILES", str(here)))
+    plan = resolve({"method": "ddpo", "reward": given if isinstance(given, dict) else {"name": "compose", "parts": given}})
+    assert trained_on(plan, watched.replace("FILES", str(here)).format(name=here.name)) is same
+    if same:
+        guarded = replace(plan, settings=replace(plan.settings, guard=Guard([watched.replace("FILES", str(here)).format(name=here.name)])))
+        with pytest.raises(InputError, match="or a part of it, and cannot watch over itself"):
+            guard_rewards(guarded)
+
+
+def test_a_reward_object_that_is_trained_on_may_not_watch_over_itself_either() -> None:
+    live = resolve({"method": "ddpo"}, diffalign.compose([ShapesCLIP(), lambda images, prompts: images.mean((1, 2, 3))]))
+    assert trained_on(live, "shapes-clip")
+    assert not trained_on(live, "shapes-checker")
 
 
 def test_there_must_be_prompts_to_watch_on() -> None:

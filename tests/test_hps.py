@@ -110,7 +110,7 @@ def test_a_long_prompt_is_cut_at_77_tokens_and_said_once(network: OpenCLIP, rewa
     assert torch.allclose(fresh(pictures, prompts), expected(network, pictures, prompts), atol=1e-5)
     fresh(pictures, Prompts(("cba" * 40, "a dog")))
     (record,) = caplog.records
-    assert record.getMessage().startswith("hps-v2.0 reads 77 tokens of a prompt: 1 of the 2 prompts of this batch are longer")
+    assert record.getMessage().startswith("hps-v2.0 reads 77 tokens of a prompt: 1 of 2 prompts are longer")
 
 
 def test_every_text_is_read_once_and_in_batches_of_one_size(reward: HPS, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,7 @@ def test_a_long_prompt_is_cut_at_35_tokens_and_said_once(network: Original, rewa
     assert torch.allclose(fresh(pictures, prompts), expected(network, pictures, prompts), atol=1e-5)
     fresh(pictures, prompts)
     (record,) = caplog.records
-    assert record.getMessage().startswith("image-reward reads 35 tokens of a prompt: 1 of the 2 prompts of this batch are longer")
+    assert record.getMessage().startswith("image-reward reads 35 tokens of a prompt: 1 of 2 prompts are longer")
 
 
 def test_a_tokenizer_that_has_the_two_tokens_already_is_used_as_it_is(reward: ImageReward, tmp_path: Path) -> None:

@@ -15,8 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffalign import reward_training
+from diffalign.config import resolve
 from diffalign.contract import CheckedReward, FunctionReward, check_gradient
 from diffalign.errors import InputError
+from diffalign.guarding import trained_on
+from diffalign.inputs import named_rewards
 from diffalign.judged import Judged
 from diffalign.media import read_image
 from diffalign.objectives.regression import rating_error
@@ -278,7 +281,7 @@ def test_what_fails_leaves_no_folder(data: Path, tmp_path: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(reward_training, "save_file", broken)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(InputError, match=r"could not be written \(.*No space.*\): make room"):
         train_reward(data, tmp_path / "made", **{**QUICK, "steps": 1})
     assert not list(tmp_path.iterdir())
 
@@ -304,6 +307,57 @@ def test_a_killed_training_leaves_nothing_half_written(data: Path, tmp_path: Pat
     assert not (tmp_path / "made").exists()
     train_reward(data, tmp_path / "made", **{**QUICK, "steps": 1})
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_one_training_at_a_time_writes_a_folder(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one is refused at once, and leaves the first one alone; what comes to be meanwhile is not overwritten."""
+    fit = reward_training._fit
+
+    def with_another(*given: Any) -> Any:
+        with pytest.raises(InputError, match="is being written by another process"):
+            reward_training.fit(given[0], tmp_path / "made")
+        stopped = fit(*given)
+        (tmp_path / "made").mkdir()
+        (tmp_path / "made" / "theirs").write_text("x")
+        return stopped
+
+    monkeypatch.setattr(reward_training, "_fit", with_another)
+    with pytest.raises(InputError, match="left alone: the result is in ") as refused:
+        train_reward(data, tmp_path / "made", **{**QUICK, "steps": 1})
+    Trained(checkpoint=Path(str(refused.value).rpartition(" is in ")[2][:-1])).open()
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["theirs"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_prompts_that_are_cut_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = pairs(tmp_path / "data", 8)
+    lines = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    lines[3]["prompt"] = "a red square " * 100
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    train_reward(folder, tmp_path / "made", **{**QUICK, "steps": 2})
+    (said,) = [message for message in caplog.messages if "is not read" in message]
+    assert "1 of 8 prompts are longer" in said
+
+
+def test_the_folder_is_a_name_wherever_rewards_are_named(folder: Path, run_cli: Callable[..., Any], tmp_path: Path) -> None:
+    draw(tmp_path / "a.png", 1, 0.5)
+    picture = read_image(tmp_path / "a.png")[None]
+    wanted = float(Trained(checkpoint=folder)(picture, Prompts(("a red square",))))
+    (tmp_path / "mine").symlink_to(folder)
+    outcome = run_cli("score", "--reward", "mine", "a.png", "--prompt", "a red square")
+    assert outcome.status == 0, outcome.err
+    assert float(outcome.out.split("\t")[0]) == pytest.approx(wanted, rel=1e-4)
+    outcome = run_cli("score", "--reward", "mine", "jpeg-compressibility", "a.png", "--prompt", "a red square")
+    assert "\tmine " in outcome.out
+    plan = resolve({"reward": "mine", "guard": [str(folder)], "eval_rewards": [str(folder)]})
+    assert (plan.config()["reward"]["name"], plan.config()["reward"]["checkpoint"]) == (str(tmp_path / "mine"),) * 2
+    assert trained_on(resolve({"reward": str(folder)}), str(folder))
+    assert trained_on(resolve({"reward": {"name": "trained", "checkpoint": str(folder), "precision": "bf16"}}), str(folder))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text((folder / "config.json").read_text())
+    assert not trained_on(plan, str(other))
+    assert [reward.name for reward in named_rewards([str(folder), "mine", "./mine"])] == [folder.name, "mine", "./mine"]
 
 
 def rows(*rows: dict[str, Any]) -> str:
@@ -355,6 +409,7 @@ def test_bad_pictures_can_be_left_out(tmp_path: Path, capsys: pytest.CaptureFixt
         ({"train_text": True}, "train_tower says, which is none"),
         ({"train_tower": "full", "precision": "bf16"}, "trains the tower in fp32"),
         ({"aspects": ["light"]}, "aspects are of ratings: --loss ratings"),
+        ({"train_tower": "lora", "lora_rank": 100_000}, "lora_rank is 100000, and a layer is 96 wide: give 96 or less"),
         ({"model": "nowhere"}, "There is no base model 'nowhere'"),
     ],
 )
@@ -513,6 +568,8 @@ def test_the_command_line(data: Path, folder: Path, run_cli: Callable[..., Any],
         (["reward", "trian"], "There is no command 'reward trian'. Did you mean 'train'?"),
         (["reward", "train", "--data", data, "--output", "x", "--step", 3], "There is no setting 'step'. Did you mean 'steps'?"),
         (["reward", "train", "--data", data, "--output", folder], "exists already"),
+        (["reward", "train", "--data", data, "--model", "shapes-clip", "--output", "/proc/x"], "/proc/x cannot be written (No such file"),
+        (["reward", "eval", "--data", tmp_path, "--reward", "nothing", "--output", "none/a.json"], "give a file in a folder that exists"),
         (["reward", "eval", "--data", data, "--reward", "shapes-clip", "--limit", 0], "limit is 0: give 1 or more"),
         (["reward", "eval", "--data", tmp_path, "--reward", "shapes-clip"], "holds no pairs"),
         (

@@ -54,11 +54,10 @@ def several_of(arguments: list[str]) -> tuple[list[str], list[str]]:
     """(the words, `--reward A B` as `--reward compose`; its parts). What follows a name and names none is no reward."""
     if "--reward" not in arguments:
         return arguments, []
-    from diffalign.registry import table
+    from diffalign.registry import names_reward
 
     at = arguments.index("--reward") + 1
-    known = table("rewards")
-    count = sum(1 for _ in takewhile(lambda word: word in known or ".py:" in word, arguments[at:]))
+    count = sum(1 for _ in takewhile(names_reward, arguments[at:]))
     if count < 2:
         return arguments, []
     return [*arguments[:at], "compose", *arguments[at + count :]], [f"--reward.parts={json.dumps(arguments[at : at + count])}"]

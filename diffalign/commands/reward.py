@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,7 @@ HELP = """usage: diffalign reward train --data FOLDER --output DIR [options]    
 examples:
   diffalign reward train --data pairs/mine --model openai/clip-vit-large-patch14 --train-tower lora --output trained/mine
   diffalign reward eval --data pairs/test --reward trained/mine pickscore clip
-  diffalign train --method draft --reward trained --reward.checkpoint trained/mine"""
+  diffalign train --method draft --reward trained/mine"""
 
 
 def run(arguments: list[str]) -> int:
@@ -74,11 +75,14 @@ def _eval(arguments: list[str]) -> int:
     from diffalign.checkpoint import whole
     from diffalign.config import reward_fields
     from diffalign.console import show
-    from diffalign.reward_eval import evaluate_rewards, is_folder, marks_of, open_rewards
+    from diffalign.reward_eval import evaluate_rewards, marks_of, open_rewards
     from diffalign.reward_tables import tables
 
     names = chosen.reward
-    fields = reward_fields("trained" if is_folder(names[0]) else names[0], own) if own else {}
+    output = None if chosen.output is None else chosen.output.expanduser()
+    if output is not None and (output.is_dir() or not os.access(output.parent, os.W_OK)):
+        raise InputError(f"--output {output}: give a file in a folder that exists and can be written to.")
+    fields = reward_fields(names[0], own) if own else {}
     known = None if chosen.split == "all" else marks_of(names)
     results = evaluate_rewards(
         chosen.data,
@@ -93,8 +97,7 @@ def _eval(arguments: list[str]) -> int:
     )
     for table in tables(results):
         show(table)
-    if chosen.output is not None:
-        output = chosen.output.expanduser()
+    if output is not None:
         try:
             with whole(output) as draft:
                 draft.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
