@@ -139,7 +139,7 @@ def test_chunks_precision_and_graph(make: Any, tmp_path: Path, caplog: pytest.Lo
     assert half.dtype == torch.float32
     assert torch.allclose(half, scores.detach(), atol=0.03 * scale)
     assert not torch.equal(half, scores)
-    assert "reads 77 tokens of a prompt: 1 of the 5 prompts" in caplog.records[0].getMessage()
+    assert "reads 77 tokens of a prompt: 1 of 5 prompts" in caplog.records[0].getMessage()
 
 
 def test_a_folder_that_is_no_clip_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, Lock
 from typing import Any, TypeVar
 
 import torch
@@ -54,12 +54,15 @@ class Exact(nn.Module):
         return self.path.target(mean + alpha * variance * score, sigma * score, at)
 
 
+SEEDING = Lock()
+
+
 class Network(nn.Module):
     """A multilayer perceptron of (x_t, t, context): nothing is known of it but its derivatives."""
 
     def __init__(self, width: int = 16, seed: int = 0) -> None:
         super().__init__()
-        with torch.random.fork_rng():
+        with SEEDING, torch.random.fork_rng():  # of all threads there is one generator
             torch.manual_seed(seed)
             self.layers = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 2)).double()
 
