@@ -1,20 +1,22 @@
-"""Every method on `shapes`: Markdown tables, docs/benchmarks-methods*.json and three plots. Goes on where it was stopped.
+"""Every method on an embedded model: Markdown tables, docs/benchmarks-methods*.json and three plots. Goes on where it was stopped.
 
     python scripts/benchmark_methods.py [--methods draft ddpo] [--seeds 0 1 2] [--output runs/benchmark-methods] [--docs docs]
-    python scripts/benchmark_methods.py --pipeline shapes-flow               the methods that this embedded model has settings for
+    python scripts/benchmark_methods.py --pipeline shapes-flow | digits      the methods that this embedded model has settings for
     python scripts/benchmark_methods.py --reward shapes-clip --seconds 60 | --queries 2400
 
-As it stands each method trains with the settings that `shapes` brings along for it, on its own reward there: the gradient of shapes-clip,
-pairs that it judges, or jpeg-compressibility. The bars, or the script exits with status 1: at most 120 s of training, the 95% interval
-of the paired improvement above 0 for every seed on 256 held-out prompts; and of the methods on pairs an implicit accuracy above 0.6 on 512
-new pairs of the held-out prompts.
+As it stands each method trains with the settings that the model brings along for it, on its own reward there: of `shapes` the gradient of
+shapes-clip, pairs that it judges, or jpeg-compressibility; of `digits` the likelihood of what is said. The bars, or the script exits with
+status 1: at most 120 s of training, the 95% interval of the paired improvement above 0 for every seed on the held-out prompts, of the
+reward that is trained on, on `digits` of the word error rate; and of the methods on pairs an implicit accuracy above 0.6 on 512 new pairs
+of the held-out prompts.
 
 With `--seconds` or `--queries` all methods that can be trained on the one reward get the same budget: seconds of training (a short probe
 says how many optimiser steps that is), or reward queries. Methods on data get pairs that `diffalign pairs` makes with the same reward and
 the base model; the queries, network samples and seconds of that are theirs. Each run is a process of its own, and so is its peak memory.
 
-Judged on the 256 held-out prompts with 10 denoising steps and the same noise for all methods of a seed; KL and diversity on the first 64.
-The plots show the held-out reward at the run's checkpoints, mean over the seeds, between the lowest and the highest.
+Judged on the held-out prompts (256; of `digits` 108) with 10 denoising steps and the same noise for all methods of a seed; KL and
+diversity on the first 64. The plots show the held-out reward at the run's checkpoints, mean over the seeds, between the lowest and the
+highest.
 """
 
 from __future__ import annotations
@@ -40,16 +42,28 @@ import diffalign
 from diffalign import checkpoint, examples, registry
 from diffalign.compare import COSTS, measure
 from diffalign.config import resolve
-from diffalign.data import text_of
+from diffalign.data import SpokenPrompt, text_of
 from diffalign.evaluate import implicit_accuracy, kl_to_base, sample, score
 from diffalign.inputs import named_rewards
 from diffalign.run import Run
 
-JUDGES = ["shapes-clip", "shapes-checker", "shapes-all-right", "jpeg-compressibility"]
 AXES = {"queries": "reward_queries", "seconds": "seconds", "kl": "kl_to_base"}
-DENOISING_STEPS, HELD_OUT, MEASURED = 10, 256, 64
+DENOISING_STEPS, MEASURED = 10, 64
 MOST_SECONDS, LEAST_ACCURACY, NEW_PAIRS = 120, 0.6, 512
 PROBE_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Base:
+    """What runs on an embedded model are judged by; `bar` is the reward of the bar, None the one trained on."""
+
+    judges: list[str]
+    held_out: int = 256
+    bar: str | None = None
+
+
+SHAPES = Base(["shapes-clip", "shapes-checker", "shapes-all-right", "jpeg-compressibility"])
+BASES = {"shapes": SHAPES, "shapes-flow": SHAPES, "digits": Base(["digits-ctc", "digits-wer", "digits-quality"], 108, "digits-wer")}
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,10 @@ class Trial:
     pairs: Path | None = None
 
     @property
+    def base(self) -> Base:
+        return BASES[self.pipeline]
+
+    @property
     def data_costs(self) -> dict[str, float]:
         return json.loads((self.pairs / "costs.json").read_text()) if self.pairs else dict.fromkeys(COSTS, 0)
 
@@ -101,7 +119,9 @@ def methods_of(pipeline: str) -> list[str]:
     return [name for name in registry.METHODS if name in chosen]
 
 
-def make_pairs(pipeline: str, folder: Path, reward: str, seed: int, count: int, prompts: list[str] | None = None) -> Path:
+def make_pairs(
+    pipeline: str, folder: Path, reward: str, seed: int, count: int, prompts: Sequence[str | SpokenPrompt] | None = None
+) -> Path:
     """Pairs of the base model, of the training prompts where none are given, and costs.json beside them."""
     if not (folder / "costs.json").exists():
         diffalign.make_policy(resolve({"pipeline": pipeline}).settings, train=False)  # imports and files are read by now
@@ -119,7 +139,8 @@ def accuracy_on_new_pairs(done: Run, trial: Trial) -> float:
     """The implicit accuracy on pairs of the held-out prompts: ten times as many as a run holds out of its own thousand."""
     assert trial.pairs is not None
     folder = trial.pairs.parents[1] / f"{trial.reward}-held-out-{NEW_PAIRS}" / f"seed-{trial.seed}"
-    make_pairs(trial.pipeline, folder, trial.reward, 1000 + trial.seed, NEW_PAIRS, list(map(text_of, done.read_prompts("heldout"))))
+    prompts = [prompt if isinstance(prompt, SpokenPrompt) else text_of(prompt) for prompt in done.read_prompts("heldout")]
+    make_pairs(trial.pipeline, folder, trial.reward, 1000 + trial.seed, NEW_PAIRS, prompts)
     given: dict[str, Any] = {"reward": None, "limit": None, "skip": False, "seed": 0, "say": lambda text: None}  # pyright: ignore
     parts = examples.read(str(folder), "pairs", done.policy, **given)
     chosen = {"seed": trial.seed, "batch_size": 64}
@@ -132,7 +153,8 @@ def train(trial: Trial, folder: Path, **flags: Any) -> str | None:
     given = {
         "pipeline": trial.pipeline, "method": trial.method, "reward": trial.reward, "seed": trial.seed, "output": folder,
         "sample_steps": DENOISING_STEPS,
-        "sample_every": 10**6, "eval_rewards": f"[{','.join(JUDGES)}]", **({"data": trial.pairs} if trial.pairs else {}), **flags,
+        "sample_every": 10**6, "eval_rewards": f"[{','.join(trial.base.judges)}]",
+        **({"data": trial.pairs} if trial.pairs else {}), **flags,
     }  # fmt: skip
     arguments = [f"--{name}={value}" for name, value in given.items()]
     if (folder / "config.yaml").exists():
@@ -163,15 +185,15 @@ def steps_for(trial: Trial, budget: Budget, probes: Path) -> int | str:
 
 def run(trial: Trial, budget: Budget, probes: Path, points: int) -> dict[str, Any]:
     """The record of a trial, from its folder where it is there already."""
-    about = {"method": trial.method, "reward": trial.reward, "seed": trial.seed}
+    about = {"method": trial.method, "reward": trial.reward, "bar": trial.base.bar or trial.reward, "seed": trial.seed}
     if (trial.folder / "benchmark.json").exists():
-        return json.loads((trial.folder / "benchmark.json").read_text())
+        return {**about, **json.loads((trial.folder / "benchmark.json").read_text())}
     steps = steps_for(trial, budget, probes)
     if isinstance(steps, str):
         return {**about, "failed": steps}
     print(f"{trial.folder}: {steps} steps", file=sys.stderr, flush=True)
     kept = {"checkpoint_every": math.ceil(steps / points), "keep_checkpoints": points + 2}
-    failed = train(trial, trial.folder, steps=steps, eval_size=HELD_OUT, **kept)
+    failed = train(trial, trial.folder, steps=steps, eval_size=trial.base.held_out, **kept)
     if failed:
         return {**about, "failed": failed}
     done = Run.open(trial.folder)
@@ -190,7 +212,7 @@ def curve(done: Run, trial: Trial) -> Iterator[dict[str, float]]:
 
     `kl_to_base` is of ancestral samples of the evaluation's steps; `kl_as_trained` of the samples that a policy-gradient method trains on.
     """
-    (reward,), policy, prompts = named_rewards([trial.reward]), done.policy, done.read_prompts("heldout")[:HELD_OUT]
+    (reward,), policy, prompts = named_rewards([trial.reward]), done.policy, done.read_prompts("heldout")[: trial.base.held_out]
     chosen = {"steps": DENOISING_STEPS, "seed": trial.seed + 1, "batch_size": done.plan.settings.batch_size, "suffix": done.plan.suffix}
     rows, data, ends = {int(row["step"]): row for row in done.metrics}, trial.data_costs, done.evaluation["rewards"][trial.reward]
 
@@ -215,11 +237,11 @@ def curve(done: Run, trial: Trial) -> Iterator[dict[str, float]]:
             yield point(tree["step"], float(score(reward, media, prompts, policy, batch_size=chosen["batch_size"]).mean()))
 
 
-def check_base(records: Sequence[Mapping[str, Any]]) -> None:
+def check_base(records: Sequence[Mapping[str, Any]], judge: str) -> None:
     """Stop where the runs of a seed were judged on different base models: some were kept from before the model was trained again."""
     for seed in {record["seed"] for record in records}:
         runs = [r for r in records if r["seed"] == seed and "failed" not in r]
-        levels = [r["evaluation"]["rewards"]["shapes-clip"]["before"] for r in runs]
+        levels = [r["evaluation"]["rewards"][judge]["before"] for r in runs]
         if levels and max(levels) - min(levels) > 1e-3:
             sys.exit(
                 f"seed {seed}: the base model scores {min(levels):.4f} to {max(levels):.4f}, so it changed. Start with another --output."
@@ -232,9 +254,9 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def table(records: Sequence[Mapping[str, Any]], reward: str) -> Iterator[str]:
+def table(records: Sequence[Mapping[str, Any]], reward: str, judges: Sequence[str]) -> Iterator[str]:
     """Markdown of all runs on one reward: the base model, and a row a method, best first."""
-    judges = [reward, *(name for name in JUDGES if name != reward)]
+    judges = [reward, *(name for name in judges if name != reward)]
     costs = {"reward_queries": "queries", "network_samples": "network samples", "network_calls": "network calls"}
     head = ["method", "steps", *(f"`{name}`" for name in judges), "KL", "diversity", *costs.values(), "seconds", "peak MB"]
     by_method: dict[str, list[Mapping[str, Any]]] = {}
@@ -263,19 +285,19 @@ def table(records: Sequence[Mapping[str, Any]], reward: str) -> Iterator[str]:
 def cleared(row: Mapping[str, Any]) -> bool:
     """Whether a run with its method's own settings clears the bars."""
     accuracy = row.get("implicit_accuracy", 1.0)
-    above = row["evaluation"]["rewards"][row["reward"]]["interval"][0] > 0
+    above = row["evaluation"]["rewards"][row["bar"]]["interval"][0] > 0
     return above and row["seconds"] - row["data"]["seconds"] <= MOST_SECONDS and accuracy > LEAST_ACCURACY
 
 
 def bars(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Markdown: a row for each run."""
-    yield "| method | reward | seed | before | after | difference [95% interval] | implicit accuracy | training s | bars |"
-    yield "| --- " * 9 + "|"
+    yield "| method | trained on | judged by | seed | before | after | difference [95% interval] | implicit accuracy | training s | bars |"
+    yield "| --- " * 10 + "|"
     for row in records:
-        level = row["evaluation"]["rewards"][row["reward"]]
+        level = row["evaluation"]["rewards"][row["bar"]]
         low, high = level["interval"]
         accuracy = f"{row['implicit_accuracy']:.3f}" if "implicit_accuracy" in row else ""
-        cells = [row["method"], f"`{row['reward']}`", row["seed"], f"{level['before']:.3f}", f"{level['after']:.3f}"]
+        cells = [row["method"], f"`{row['reward']}`", f"`{row['bar']}`", row["seed"], f"{level['before']:.3f}", f"{level['after']:.3f}"]
         cells += [f"{level['difference']:+.3f} [{low:+.3f}, {high:+.3f}]", accuracy, f"{row['seconds'] - row['data']['seconds']:.0f}"]
         yield "| " + " | ".join(map(str, [*cells, "cleared" if cleared(row) else "MISSED"])) + " |"
 
@@ -355,9 +377,9 @@ def portrait(records: Sequence[Mapping[str, Any]], file: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", choices=("shapes", "shapes-flow"), default="shapes")
+    parser.add_argument("--pipeline", choices=BASES, default="shapes")
     parser.add_argument("--methods", nargs="+", choices=registry.METHODS, metavar="NAME", help="by default those that it has settings for")
-    parser.add_argument("--reward", choices=JUDGES, help="train on this, where it can be; by default on each method's own")
+    parser.add_argument("--reward", help="train on this, where it can be; by default on each method's own")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     budgets = parser.add_mutually_exclusive_group()
     budgets.add_argument("--seconds", type=float, help="of training, data included")
@@ -367,6 +389,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="by default runs/benchmark-methods, and of another model than shapes with its name")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of benchmarks-methods.json and images/methods-*.png")
     chosen = parser.parse_args()
+    base = BASES[chosen.pipeline]
+    if chosen.reward not in (None, *base.judges):
+        parser.error(f"--reward is {chosen.reward}; of {chosen.pipeline}: {', '.join(base.judges)}.")
     os.environ |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}  # here and in the runs' processes
     budget = Budget(chosen.seconds, chosen.queries)
     pairs = chosen.pairs or (chosen.queries // 2 if chosen.queries else 384 if chosen.seconds else 1000)
@@ -374,14 +399,14 @@ def main() -> int:
     name = "methods" if chosen.pipeline == "shapes" else f"methods-{chosen.pipeline}"
     output = chosen.output or Path("runs") / f"benchmark-{name}"
     for seed, method in itertools.product(chosen.seeds, chosen.methods or methods_of(chosen.pipeline)):
-        reward = chosen.reward or resolve({"method": method, "pipeline": chosen.pipeline}).reward_name or JUDGES[0]
+        reward = chosen.reward or resolve({"method": method, "pipeline": chosen.pipeline}).reward_name or base.judges[0]
         if can_train(method, reward):
             data = output / "pairs" / f"{reward}-{pairs}" / f"seed-{seed}"
             folder = output / budget.name / reward / method / f"seed-{seed}"
             made = make_pairs(chosen.pipeline, data, reward, seed, pairs) if needs_pairs(method) else None
             trial = Trial(chosen.pipeline, method, reward, seed, folder, made)
             records.append(run(trial, budget, output / "probes" / reward, chosen.points))
-    check_base(records)
+    check_base(records, base.judges[0])
     name = name if budget.name == "preset" else f"{name}-{budget.name}"
     done, rewards = [record for record in records if "failed" not in record], list(dict.fromkeys(r["reward"] for r in records))
     chosen.docs.mkdir(parents=True, exist_ok=True)
@@ -396,7 +421,7 @@ def main() -> int:
             portrait([r for r in done if r["method"] == method], chosen.docs / "images" / name / f"{method}.png")
     for reward in rewards:
         print(f"\n### Trained on `{reward}`, {len(chosen.seeds)} seeds, budget: {budget.name}\n")
-        print("\n".join(table(records, reward)))
+        print("\n".join(table(records, reward, base.judges)))
     failed = [record for record in records if "failed" in record]
     for record in failed:
         print(f"FAILED: {record['method']} on {record['reward']}, seed {record['seed']}: {record['failed']}")
