@@ -44,11 +44,12 @@ SPEAKERS = (
 )  # fmt: skip
 TAKES, OTHERS = 8, 12_000  # recordings of each prompt by the model's voices, and of the others in all
 LEVEL = 0.08  # root mean square of a recording
-STEPS = {"vae": 2000, "recogniser": 2500, "quality": 600, "flow": 2400}
+STEPS = {"vae": 2000, "recogniser": 2500, "quality": 600, "flow": 3000}
 LEARNING_RATE = {"vae": 2e-3, "recogniser": 1.5e-3, "quality": 1e-3, "flow": 1.5e-3}
 CROP, WINDOWS, KL = 2048, (64, 128, 256, 512, 1024), 1e-2
 LATENT, WIDTH, DEPTH, HEADS, TEXT = 16, 128, 4, 4, 64
 DROPPED = 0.1  # empty conditions
+NOISY, NOISE = 0.4, (0.2, 0.6)  # share of the model's recordings with noise, as found ones are; its level over the speech's
 
 
 class Speech(NamedTuple):
@@ -266,6 +267,12 @@ def make_tokenizer() -> Any:
     return tokenizer
 
 
+def as_found(waves: Tensor, rng: Generator) -> Tensor:
+    """Recordings (N, 8192), a share of them with noise: what there is to be learned is to leave it out."""
+    level = LEVEL * torch.empty(len(waves), 1).uniform_(*NOISE, generator=rng) * (torch.rand(len(waves), 1, generator=rng) < NOISY)
+    return (waves + level * torch.randn(waves.shape, generator=rng)).clamp(-0.99, 0.99)
+
+
 def train_flow(work: Path, output: Path, seed: int) -> None:
     """The transformer and its text encoder, on the recordings of the three voices; then the whole pipeline's folder."""
     from diffusers import FlowMatchEulerDiscreteScheduler, LongCatAudioDiTPipeline, LongCatAudioDiTTransformer, LongCatAudioDiTVae
@@ -275,7 +282,7 @@ def train_flow(work: Path, output: Path, seed: int) -> None:
     vae = LongCatAudioDiTVae.from_pretrained(work / "vae", dtype=torch.float32).eval()
     vae.register_to_config(scale=1.0)
     with torch.no_grad():
-        parts = [vae.encode(part[:, None], sample_posterior=False).latents for part in speech.waves.split(64)]
+        parts = [vae.encode(part[:, None], sample_posterior=False).latents for part in as_found(speech.waves, rng).split(64)]
     latents = torch.cat(parts).transpose(1, 2)
     vae.register_to_config(scale=round(latents.std().item(), 4))
     latents = latents / vae.config.scale
