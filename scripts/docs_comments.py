@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tokenize
+from pathlib import Path
 from typing import Any
 
 import griffe
@@ -20,8 +21,9 @@ class Comments(griffe.Extension):
 
 
 def add_comment(thing: griffe.Attribute | griffe.Function) -> None:
-    if thing.docstring is None and thing.parent is not None and thing.parent.is_class and thing.endlineno is not None:
-        said = comment_of(thing.lines_collection[thing.filepath][thing.endlineno - 1])
+    file = thing.filepath
+    if thing.docstring is None and thing.parent is not None and thing.parent.is_class and thing.endlineno and isinstance(file, Path):
+        said = comment_of(thing.lines_collection[file][thing.endlineno - 1])
         if said:
             thing.docstring = griffe.Docstring(f"{said[0].upper()}{said[1:]}.", lineno=thing.endlineno, parent=thing)
 

@@ -70,15 +70,13 @@ def linked(method: str, section: str) -> str:
 
 def tables(docs: Path = DOCS) -> Iterator[str]:
     """Markdown: the measurements, the equal budget first."""
-    files = sorted(docs.glob("benchmarks-methods*.json"), key=lambda file: ("seconds" not in file.stem, file.stem))
-    for file in files:
+    for file in sorted(docs.glob("benchmarks-methods*.json"), key=lambda file: ("seconds" not in file.stem, file.stem)):
         about = json.loads(file.read_text(encoding="utf-8"))
         runs = about["runs"]
         model = file.stem.removeprefix("benchmarks-methods").removesuffix(f"-{about['budget']}").strip("-") or "shapes"
         seeds = ", ".join(map(str, sorted({run["seed"] for run in runs})))
-        budget = (
-            f"{about['budget'].removeprefix('seconds-')} seconds each" if "seconds" in about["budget"] else "each with its own settings"
-        )
+        kind, _, amount = about["budget"].partition("-")
+        budget = f"{amount} {kind} each" if amount else "each with its own settings"
         place = PLACES.get(file.stem, "benchmarks.md")
         held = runs[0]["evaluation"]["prompts"]
         yield f"### On `{model}`, {budget}\n"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
-import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -12,11 +13,18 @@ import diffalign
 from diffalign.commands import COMMANDS
 
 TOP = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(TOP / "scripts"))
-import docs_comments  # noqa: E402
-import docs_site  # noqa: E402
-import method_tables  # noqa: E402
 
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, TOP / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+docs_comments, docs_site, method_tables = map(script, ("docs_comments", "docs_site", "method_tables"))
 PAGES = sorted(p for p in (*TOP.glob("*.md"), *(TOP / "docs").rglob("*.md")))
 WHICH = (TOP / "docs" / "which-method.md").read_text(encoding="utf-8")
 LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]*)(?:#([^)\s]+))?\)")
@@ -81,14 +89,17 @@ def test_the_front_page_is_the_readme_with_the_sites_links() -> None:
     assert docs_site.as_page(text) == made
 
 
-def test_every_command_stands_in_the_reference_with_its_help() -> None:
+def test_every_command_stands_in_the_reference_with_its_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = docs_site.help_of
+    assert ours("list").startswith("usage: diffalign list")
+    with pytest.raises(RuntimeError, match="ended with status 2"):
+        ours("no-such-command")
+    # the others' own help takes seconds: the build of the site prints it
+    monkeypatch.setattr(docs_site, "help_of", lambda *words: ours(*words) if words == ("reward",) else f"usage: {' '.join(words)} <x>")
     made = "".join(docs_site.help_pages())
     assert re.findall(r"^## diffalign (\w+)$", made, re.MULTILINE) == list(COMMANDS)
-    assert {"diffalign reward train", "diffalign reward eval"} <= set(re.findall(r"^### (.+)$", made, re.MULTILINE))
-    assert made.count("<code>usage: diffalign ") == made.count("## diffalign ")
-    assert "--learning-rate" in made and "&lt;" not in docs_site.help_of("list")
-    with pytest.raises(RuntimeError, match="ended with status 2"):
-        docs_site.help_of("no-such-command")
+    assert re.findall(r"^### (.+)$", made, re.MULTILINE) == ["diffalign reward train", "diffalign reward eval"]
+    assert '<pre class="help"><code>usage: reward eval &lt;x&gt;</code></pre>' in made
 
 
 def test_every_public_name_stands_in_the_reference() -> None:
@@ -123,14 +134,19 @@ def test_every_number_of_the_guide_was_measured() -> None:
     words, mark, tables = WHICH.partition(method_tables.BEGIN)
     pages = {path for path, _ in LINK.findall(words) if path.endswith(".md")}
     known = tables + "".join((TOP / "docs" / path).read_text(encoding="utf-8") for path in pages)
-    numbers = re.findall(r"[+-]\d+\.\d+|[\d,]+(?= (?:MB|queries|pairs))", words)
-    assert mark and len(numbers) > 60
+    numbers = re.findall(r"[+-]\d+\.\d+(?: \[[^]]+\])?|[\d,]+(?= (?:MB|queries|pairs))", words)
+    assert mark
+    assert len(numbers) > 40
     assert sorted({number for number in numbers if not re.search(rf"(?<![\d.,]){re.escape(number)}(?![\d,]*\d)", known)}) == []
 
 
 @pytest.mark.parametrize(
     ("link", "said"),
-    [("[a](index.md#here)", None), ("[a](missing.md)", "'missing.md', but the target is not found"), ("[a](index.md#no)", "anchor '#no'")],
+    [
+        ("[a](index.md#here)", None),
+        ("[a](missing.md)", "'missing.md', but the target is not found"),
+        ("[a](index.md#no)", "no such anchor"),
+    ],
 )
 def test_a_broken_link_or_anchor_breaks_the_build(link: str, said: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from mkdocs.commands.build import build
