@@ -70,7 +70,10 @@ def linked(method: str, section: str) -> str:
 
 def tables(docs: Path = DOCS) -> Iterator[str]:
     """Markdown: the measurements, the equal budget first."""
-    for file in sorted(docs.glob("benchmarks-methods*.json"), key=lambda file: ("seconds" not in file.stem, file.stem)):
+    files = sorted(docs.glob("benchmarks-methods*.json"), key=lambda file: ("seconds" not in file.stem, file.stem))
+    if not files:
+        raise SystemExit(f"{docs} holds no benchmarks-methods*.json: scripts/benchmark_methods.py writes them.")
+    for file in files:
         about = json.loads(file.read_text(encoding="utf-8"))
         runs = about["runs"]
         model = file.stem.removeprefix("benchmarks-methods").removesuffix(f"-{about['budget']}").strip("-") or "shapes"

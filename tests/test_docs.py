@@ -118,10 +118,12 @@ def test_a_comment_behind_a_field_is_its_docstring() -> None:
     assert docs_comments.comment_of(")") is None
 
 
-def test_the_tables_of_which_method_are_those_that_were_measured() -> None:
+def test_the_tables_of_which_method_are_those_that_were_measured(tmp_path: Path) -> None:
     assert method_tables.written(WHICH) == WHICH, "run python scripts/method_tables.py"
     with pytest.raises(SystemExit, match="lacks one of its marks"):
         method_tables.written("# A page without marks\n")
+    with pytest.raises(SystemExit, match=r"holds no benchmarks-methods\*\.json"):
+        list(method_tables.tables(tmp_path))
 
 
 def test_a_gain_is_the_mean_of_the_seeds_with_their_outermost_ends() -> None:
