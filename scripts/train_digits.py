@@ -44,12 +44,12 @@ SPEAKERS = (
 )  # fmt: skip
 TAKES, OTHERS = 8, 12_000  # recordings of each prompt by the model's voices, and of the others in all
 LEVEL = 0.08  # root mean square of a recording
-STEPS = {"vae": 2000, "recogniser": 2500, "quality": 600, "flow": 3000}
+STEPS = {"vae": 2000, "recogniser": 2500, "quality": 600, "flow": 3200}
 LEARNING_RATE = {"vae": 2e-3, "recogniser": 1.5e-3, "quality": 1e-3, "flow": 1.5e-3}
 CROP, WINDOWS, KL = 2048, (64, 128, 256, 512, 1024), 1e-2
 LATENT, WIDTH, DEPTH, HEADS, TEXT = 16, 128, 4, 4, 64
 DROPPED = 0.1  # empty conditions
-NOISY, NOISE = 0.4, (0.2, 0.6)  # share of the model's recordings with noise, as found ones are; its level over the speech's
+NOISY, NOISE = 0.3, (0.2, 0.5)  # share of the model's recordings with noise, as found ones are; its level over the speech's
 
 
 class Speech(NamedTuple):
