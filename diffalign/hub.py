@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -207,8 +208,10 @@ def asking(to: Push, again: str | None = None) -> Iterator[None]:
 def refusal(error: BaseException, repo: str) -> str:
     """A line on an error of the Hub's client: what is wrong, and what a person can do about it."""
     from huggingface_hub import errors
+    from huggingface_hub.constants import HF_HUB_DISABLE_XET
 
-    chain = list(chain_of(error))
+    xet = importlib.util.find_spec("hf_xet") is not None and not HF_HUB_DISABLE_XET
+    chain, reason = list(chain_of(error)), " ".join(str(error).split())[:200]
     answered: Any = next((link for link in chain if isinstance(link, errors.HfHubHTTPError)), None)
     if any(isinstance(link, errors.OfflineModeIsEnabled) for link in chain):
         return "HF_HUB_OFFLINE forbids to ask the Hub: unset it."
@@ -225,6 +228,6 @@ def refusal(error: BaseException, repo: str) -> str:
         mend = mends.get(status, "that should pass: wait some minutes." if status >= 500 else "it does not take what was sent.")
         return f"The Hub answered {status} for {repo}{f' ({said})' if said else ''}: {mend}"
     if any(isinstance(link, ConnectionError | TimeoutError) for link in chain) or of_transport(chain):
-        return f"The connection to the Hub failed ({type(chain[-1]).__name__}): check the network."
-    reason = " ".join(str(error).split())[:300]
+        firewall = " Where a firewall lets huggingface.co alone through, set HF_HUB_DISABLE_XET=1." if xet else ""
+        return f"The connection to the Hub failed ({type(error).__name__}: {reason}): check the network.{firewall}"
     return f"The Hub did not take {repo} ({type(error).__name__}: {reason})."
