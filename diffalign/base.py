@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffalign import registry, sources
+from diffalign.errors import InputError
 from diffalign.models import class_named, network_of
 from diffalign.run import Run
 from diffalign.settings import LIVE
@@ -31,7 +32,10 @@ class Base:
 
 
 def base_of(run: Run, base_model: str | None, licence: Mapping[str, str]) -> Base:
-    """The run's base model, found without a network; `base_model` is its Hub id, where the run knows it as a folder or an object."""
+    """The run's base model, found without a network; `base_model` is its Hub id, where the run knows it as a folder or an object.
+
+    Raises InputError for a `base_model` of a run on an embedded one.
+    """
     settings, path = run.plan.settings, None
     commit = run.config.get("versions", {}).get("base_commit")
     embedded = settings.pipeline in registry.MODELS
@@ -39,12 +43,11 @@ def base_of(run: Run, base_model: str | None, licence: Mapping[str, str]) -> Bas
         path = registry.locate(settings.pipeline) or _cached(settings.pipeline, commit or settings.revision)
     index = json.loads((path / "model_index.json").read_text()) if path is not None else {}
     found = type(run.live).__name__ if run.live is not None else index.get("_class_name", settings.pipeline_class)
-    if run.live is not None:
-        network = network_of(run.live)
-    else:
-        network = _network_in(index) or _network_of_weights(run)
+    network = network_of(run.live) if run.live is not None else _network_in(index) or _network_of_weights(run)
     absent = _needed(found, sources.absent(path)) if path is not None else ()
     parts = found or "DiffusionPipeline", network
+    if embedded and base_model is not None:
+        raise InputError(f"--base-model: the run's is {settings.pipeline}, which comes with diffalign and is not on the Hub. Leave it out.")
     if embedded:
         return Base("embedded", settings.pipeline, *parts, absent=absent, licence=OWN_LICENCE)
     if base_model is not None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 
-import diffalign
 from diffalign import bare
 from diffalign.base import Base
 from diffalign.contract import short_name
@@ -18,7 +17,7 @@ from diffalign.flags import COMPOSE
 from diffalign.guard import closing
 from diffalign.papers import citations
 from diffalign.registry import METHODS
-from diffalign.run import Run
+from diffalign.run import Run, versions
 from diffalign.settings import LIVE
 
 DTYPES = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
@@ -91,8 +90,9 @@ def _metadata(
         )
         for name, found in (evaluation or {}).get("rewards", {}).items()
     ]
+    licence: dict[str, Any] = dict(base.licence)
     return ModelCardData(
-        **base.licence,
+        **licence,
         base_model=base.source if base.kind == "hub" else None,
         base_model_relation=("finetune" if full else "adapter") if base.kind == "hub" else None,
         library_name="peft" if (run.path / "lora" / bare.WEIGHTS).is_file() else "diffusers",
@@ -105,9 +105,9 @@ def _metadata(
 
 def _title(run: Run, repo: str, base: Base, config: Mapping[str, Any]) -> str:
     what = "All weights of the denoising network" if run.plan.settings.full else "A LoRA"
-    method, rewards = short_name(str(config["method"]["name"])), _rewards(config)
+    method, rewards = short_name(str(config["method"]["name"])), _rewards(run, config)
     on = f" on the reward {', '.join(rewards)}" if rewards else " on data"
-    made = f"diffalign {config.get('versions', {}).get('diffalign', diffalign.__version__)}"
+    made = f"diffalign {config.get('versions', versions())['diffalign']}"
     return f"# {repo.rpartition('/')[2]}\n\n{what} of {_linked(base)}, aligned with **{method}**{on} by {made}."
 
 
@@ -164,7 +164,7 @@ def _loading(run: Run, repo: str, base: Base, prompts: Mapping[str, Sequence[Pro
     imports += ["from diffusers.utils import load_image"] if isinstance(shown, PicturePrompt) else []
     lines.append(_call(run, base, shown))
     notes = {
-        "embedded": f"The base model lies inside the package diffalign, which must be installed: `diffalign.model_folder` gives its folder, "
+        "embedded": "The base model lies inside the package diffalign, which must be installed: `diffalign.model_folder` gives its folder, "
         "and the rest is plain diffusers.",
         "folder": f"The base model lay in a folder called `{base.source}`: put your own path there.",
         "object": "The base model was a pipeline object of the training's own program: put the same one there.",
@@ -196,18 +196,23 @@ def _call(run: Run, base: Base, prompt: Prompt) -> str:
 def _scores(evaluation: Mapping[str, Any] | None, guard: Mapping[str, Any] | None) -> str:
     if evaluation is None:
         return "## Held-out scores\n\nNot evaluated."
-    lines = ["## Held-out scores", "", "| reward | base model | after training | difference, 95% interval | wins |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "## Held-out scores",
+        "",
+        "| reward | base model | after training | difference, 95% interval | wins |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for name, found in evaluation["rewards"].items():
         low, high = found["interval"]
         fewer = f" ({found['prompts']} prompts)" if "prompts" in found else ""
         lines.append(
-            f"| {_cell(name)}{fewer} | {found['before']:.4g} | {found['after']:.4g} | {found['difference']:+.4g}, {low:+.4g} to {high:+.4g} "
-            f"| {found['win_rate']:.0%} |"
+            f"| {_cell(name)}{fewer} | {found['before']:.4g} | {found['after']:.4g} "
+            f"| {found['difference']:+.4g}, {low:+.4g} to {high:+.4g} | {found['win_rate']:.0%} |"
         )
     lines += [
         "",
-        f"On {evaluation['prompts']} held-out prompts, {evaluation['denoising_steps']} deterministic denoising steps, the same noise for both "
-        f"models (seed {evaluation['seed']}). Intervals are bootstraps over the prompts; a tie is half a win.",
+        f"On {evaluation['prompts']} held-out prompts, {evaluation['denoising_steps']} deterministic denoising steps, the same noise for "
+        f"both models (seed {evaluation['seed']}). Intervals are bootstraps over the prompts; a tie is half a win.",
     ]
     if pairs := evaluation.get("pairs"):
         lines.append(f"The implicit reward prefers the chosen one of {pairs['implicit_accuracy']:.0%} of {pairs['count']} held-out pairs.")
@@ -215,14 +220,14 @@ def _scores(evaluation: Mapping[str, Any] | None, guard: Mapping[str, Any] | Non
 
 
 def _training(run: Run, base: Base, config: Mapping[str, Any], prompts: Mapping[str, Sequence[Prompt]], files: Sequence[str]) -> str:
-    settings, last, versions = run.plan.settings, run.metrics[-1], config.get("versions", {})
+    settings, last, known = run.plan.settings, run.metrics[-1], config.get("versions", {})
     revision = ", ".join(filter(None, (base.revision and f"revision {base.revision}", base.commit and f"commit {base.commit}")))
     method = str(config["method"]["name"])
     alpha = settings.lora.rank if settings.lora.alpha is None else settings.lora.alpha
     rows = {
         "base model": f"{_linked(base)}, {revision or 'no revision was named'}" if base.kind == "hub" else _linked(base),
         "method": f"{method}: {METHODS[method].summary}" if method in METHODS else method,
-        "reward": ", ".join(_rewards(config)),
+        "reward": ", ".join(_rewards(run, config)),
         "prompts": f"{_prompts_from(config)}: {len(prompts['train'])} to train on, {len(prompts['heldout'])} held out",
         "data": config.get("data"),
         "trained": "all weights of the network" if settings.full else f"a LoRA of rank {settings.lora.rank}, alpha {alpha:g}",
@@ -230,7 +235,7 @@ def _training(run: Run, base: Base, config: Mapping[str, Any], prompts: Mapping[
         "learning rate": f"{settings.learning_rate:g}, {settings.lr_schedule}",
         "precision, seed": f"{settings.precision}, {settings.seed}",
         **{what: f"{last[name]:,.0f}" for name, what in COSTS.items() if last.get(name) is not None},
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if name != "base_commit"),
+        "versions": ", ".join(f"{name} {version}" for name, version in known.items() if name != "base_commit"),
     }
     table = [f"| {name} | {_cell(str(value))} |" for name, value in rows.items() if value]
     text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).rstrip()
@@ -247,14 +252,16 @@ def _closing(run: Run, base: Base, config: Mapping[str, Any], evaluation: Mappin
     link = base.licence.get("license_link")
     named = f"[{licence}]({link})" if licence and link else licence
     says = f"The base model's: {named}." if named else "The base model's, which is not known here: see its own page."
-    judges = [*_rewards(config), *(name.partition("/")[0] for name in (evaluation or {}).get("rewards", {}))]
+    judges = [*_rewards(run, config), *(name.partition("/")[0] for name in (evaluation or {}).get("rewards", {}))]
     lines = [f"- {line}" for line in citations(str(config["method"]["name"]), judges, lora=not run.plan.settings.full)]
     return "\n".join(["## Licence", "", says, *(["", "## What to cite", "", *lines] if lines else [])])
 
 
-def _rewards(config: Mapping[str, Any]) -> list[str]:
+def _rewards(run: Run, config: Mapping[str, Any]) -> list[str]:
     """The names of what was trained on, a composed reward's parts each; none for training on data alone."""
-    reward = config.get("reward") or {}
+    needs, reward = run.plan.method.needs, config.get("reward") or {}
+    if not needs.reward or (needs.data_role == "instead" and config.get("data")):
+        return []
     names = [part["name"] for part in reward.get("parts", ())] if reward.get("name") == COMPOSE else [reward.get("name")]
     return [short_name(name) if name != LIVE else "a Python object" for name in names if name]
 

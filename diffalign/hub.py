@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffalign
 from diffalign.base import base_of
 from diffalign.contract import short_name
 from diffalign.errors import InputError
 from diffalign.publishing import CONFIG, check_publishable, contents, ours, write
 from diffalign.registry import MODELS
-from diffalign.run import Run
+from diffalign.run import Run, versions
 from diffalign.settings import LIVE
 from diffalign.sources import chain_of, of_transport
 
@@ -93,7 +92,7 @@ def upload(run: Run, to: Push) -> tuple[str, list[str]]:
             api.create_repo(to.repo, private=not to.public, exist_ok=True)
         step, reward = int(run.metrics[-1]["step"]), run.config["reward"]["name"]
         on = f" on {short_name(reward)}" if reward and reward != LIVE else ""
-        message = f"{short_name(run.config['method']['name'])}{on}, step {step} (diffalign {diffalign.__version__})"
+        message = f"{short_name(run.config['method']['name'])}{on}, step {step} (diffalign {versions()['diffalign']})"
         api.create_commit(to.repo, operations, commit_message=message)
     return f"{api.endpoint}/{to.repo}", notes(run, found)
 
@@ -136,8 +135,8 @@ def check_access(to: Push) -> list[str] | None:
     if CONFIG not in files and set(files) - {".gitattributes"} and not to.force:
         some = ", ".join(sorted(set(files) - {".gitattributes"})[:3])
         raise InputError(
-            f"{to.repo} exists, and diffalign has not made it ({some}): choose another name, or diffalign push --force to put the run beside "
-            "what is there; its README.md is replaced."
+            f"{to.repo} exists, and diffalign has not made it ({some}): choose another name, or diffalign push --force to put the run "
+            "beside what is there; its README.md is replaced."
         )
     if bool(info.private) == to.public:
         raise InputError(
@@ -154,7 +153,9 @@ def _check_rights(who: Mapping[str, Any], repo: str) -> None:
     organisations = {entry["name"]: entry.get("roleInOrg") for entry in who.get("orgs", ())}
     if owner.lower() not in {name.lower() for name in (user, *organisations)}:
         others = f", of {', '.join(organisations)}" if organisations else ""
-        raise InputError(f"{repo} is not yours: your token is of {user}{others}. Give {user}/{repo.partition('/')[2]}, or log in: hf auth login")
+        raise InputError(
+            f"{repo} is not yours: your token is of {user}{others}. Give {user}/{repo.partition('/')[2]}, or log in: hf auth login"
+        )
     if organisations.get(owner) == "read":
         raise InputError(f"{user} may only read in {owner}: ask there for the right to write, or push to {user}/{repo.partition('/')[2]}.")
     token = who.get("auth", {}).get("accessToken", {})

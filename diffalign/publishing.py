@@ -65,7 +65,7 @@ def contents(run: Run, repo: str, base: Base) -> Contents:
 
 
 def write(found: Contents, folder: Path) -> list[Path]:
-    """Write what would be uploaded into a new folder; the files. Raises InputError where the folder holds something or cannot be written."""
+    """Write what would be uploaded into a new folder; the files. Raises InputError where it holds something or cannot be written."""
     if occupied(folder):
         raise InputError(f"{folder} holds something already: give --dry-run a new folder.")
     try:
@@ -145,7 +145,7 @@ def _media(run: Run) -> Contents:
 
 
 def _check_private(run: Run, found: Contents) -> None:
-    """Raise InputError where a text, or the header of weights, still tells of the machine or holds the token: the last look before the door."""
+    """Raise InputError where a text, or the header of weights, still tells of the machine or holds the token: the last look."""
     from huggingface_hub import get_token
 
     paths, token = {str(Path.home()), str(run.path.resolve())} - {"/"}, get_token()

@@ -16,9 +16,9 @@ import pytest
 import torch
 import yaml
 from diffusers.loaders import lora_base
+from hub_server import TOKEN, Hub, Repository, a_hub
 from huggingface_hub import ModelCard, constants, hf_api
 from huggingface_hub.utils import _http
-from hub_server import TOKEN, Hub, Repository, a_hub
 
 import diffalign
 from diffalign import papers, registry
@@ -76,6 +76,10 @@ def code_of(card: str) -> tuple[str, str]:
     return "\n".join(lines[:-1]), lines[-1]
 
 
+def card_of(content: bytes) -> Any:
+    return ModelCard(content.decode())
+
+
 def made_by(code: tuple[str, str], **known: Any) -> Any:
     """What a card's code makes, of seed 0; `known` in place of the loading."""
     names: dict[str, Any] = dict(known)
@@ -112,7 +116,7 @@ def test_a_pushed_lora_makes_the_runs_pictures_in_plain_diffusers(shapes: Path, 
 
 def test_the_card_says_what_was_measured(shapes: Path, hub: Hub) -> None:
     push(shapes, REPO)
-    found, card = diffalign.load(shapes).evaluation, ModelCard(hub.repositories[REPO].files["README.md"].decode())
+    found, card = diffalign.load(shapes).evaluation, card_of(hub.repositories[REPO].files["README.md"])
     results = {result.metric_type: result for result in card.data.eval_results or ()}
     assert {name: result.metric_value for name, result in results.items()} == {n: r["after"] for n, r in found["rewards"].items()}
     assert results["shapes-clip"].metric_args["interval"] == found["rewards"]["shapes-clip"]["interval"]
@@ -326,7 +330,7 @@ def test_sound_is_pushed_with_its_wav_files(hub: Hub, tmp_path: Path) -> None:
     names = {"adapter_config.json", "adapter_model.safetensors", "before-0.wav", "before-1.wav", "after-0.wav", "after-1.wav"}
     assert sent.keys() == {".gitattributes", *FILES, *names} - {"pytorch_lora_weights.safetensors"}
     assert sent["after-1.wav"] == (run / "samples" / "before-after-after-1.wav").read_bytes() != sent["before-1.wav"]
-    card = ModelCard(sent["README.md"].decode())
+    card = card_of(sent["README.md"])
     assert (card.data.pipeline_tag, card.data.library_name) == ("text-to-speech", "peft")
     assert f"{REPO}/resolve/main/after-1.wav" in card.text
     assert '"one three"' in card.text
@@ -340,7 +344,7 @@ def test_the_base_model_and_its_licence(of_files: Path, hub: Hub, tmp_path: Path
     hub.repositories[base] = Repository(False, card={"license": "other", "license_name": "open", "license_link": "https://x.org/l"})
     run = copied(of_files, tmp_path, pipeline=base, revision="v2", versions={"diffalign": "0.1.0", "base_commit": "abc123"})
     push(run, REPO)
-    card = ModelCard(hub.repositories[REPO].files["README.md"].decode())
+    card = card_of(hub.repositories[REPO].files["README.md"])
     assert (card.data.base_model, card.data.get("base_model_relation")) == (base, "finetune")
     assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "open", "https://x.org/l")
     assert 'DiffusionPipeline.from_pretrained("anna/base", revision="abc123", dtype=torch.float32)' in card.text
@@ -352,15 +356,15 @@ def test_the_base_model_and_its_licence(of_files: Path, hub: Hub, tmp_path: Path
     assert outcome.status == 0
     assert "--base-model USER/MODEL" in outcome.err
     assert "--license ID" in outcome.err
-    assert ModelCard(hub.repositories["anna/live"].files["README.md"].decode()).data.base_model is None
+    assert card_of(hub.repositories["anna/live"].files["README.md"]).data.base_model is None
     outcome = run_cli("push", live, "anna/live", "--base-model", base)
     assert (outcome.status, "--base-model" in outcome.err) == (0, False)
-    assert ModelCard(hub.repositories["anna/live"].files["README.md"].decode()).data.base_model == base
+    assert card_of(hub.repositories["anna/live"].files["README.md"]).data.base_model == base
     outcome = run_cli("push", live, "anna/live", "--base-model", "anna/nothing")
     assert (outcome.status, "--base-model: there is no model 'anna/nothing'" in outcome.err) == (2, True)
     outcome = run_cli("push", of_files, "anna/folder", "--license", "mit")
     assert (outcome.status, "--license" in outcome.err) == (0, False)
-    assert ModelCard(hub.repositories["anna/folder"].files["README.md"].decode()).data.license == "mit"
+    assert card_of(hub.repositories["anna/folder"].files["README.md"]).data.license == "mit"
 
 
 def test_a_dry_run_writes_what_would_be_sent(shapes: Path, hub: Hub, run_cli: Callable[..., Any], tmp_path: Path) -> None:
@@ -391,9 +395,13 @@ def test_a_training_pushes_its_run(files: Path, hub: Hub, run_cli: Callable[...,
     outcome = run_cli("train", "--resume", "run", "--push-to-hub", REPO)
     assert outcome.status == 0
     assert f"Pushed: {hub.url}/{REPO}" in outcome.err
-    assert "lora" in ModelCard(hub.repositories[REPO].files["README.md"].decode()).data.tags
+    assert "lora" in card_of(hub.repositories[REPO].files["README.md"]).data.tags
     assert "push" not in (tmp_path / "run" / "config.yaml").read_text(), "who runs it again has not asked for it"
-    for flags, words in ((["--public"], "add --push-to-hub"), (["--push-to-hub", REPO, "--tiny"], "a dry run"), (["--push-to-hub"], "one arg")):
+    for flags, words in (
+        (["--public"], "add --push-to-hub"),
+        (["--push-to-hub", REPO, "--tiny"], "a dry run"),
+        (["--push-to-hub"], "one arg"),
+    ):
         outcome = run_cli("train", *own, *few, *flags)
         assert (outcome.status, words in outcome.err) == (2, True), outcome.err
 

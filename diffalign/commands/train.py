@@ -47,7 +47,7 @@ def _resume(arguments: list[str], to: Push | None) -> int:
 
 
 def _push_of(arguments: list[str]) -> tuple[list[str], Push | None]:
-    """(the other words, where the run is to be pushed). The latter is no setting: who runs a run's config.yaml again has not asked for it."""
+    """(the other words, where the run is to be pushed). That is no setting: who runs a run's config.yaml again has not asked for it."""
     parser = Parser("diffalign train", add_help=False, allow_abbrev=False)
     parser.add_argument("--push-to-hub", metavar="USER/REPO")
     parser.add_argument("--public", action="store_true")
