@@ -338,7 +338,7 @@ def test_sound_is_pushed_with_its_wav_files(hub: Hub, tmp_path: Path) -> None:
     np.testing.assert_array_equal(made_by(code), made_by(code, pipe=diffalign.load(run).pipeline))
 
 
-def test_the_base_model_and_its_licence(of_files: Path, hub: Hub, tmp_path: Path, run_cli: Callable[..., Any]) -> None:
+def test_the_base_model_and_its_licence(shapes: Path, of_files: Path, hub: Hub, tmp_path: Path, run_cli: Callable[..., Any]) -> None:
     """Of a model from the Hub its id, revision and licence; of a folder or an object what the person says."""
     base = "anna/base"
     hub.repositories[base] = Repository(False, card={"license": "other", "license_name": "open", "license_link": "https://x.org/l"})
@@ -360,6 +360,8 @@ def test_the_base_model_and_its_licence(of_files: Path, hub: Hub, tmp_path: Path
     outcome = run_cli("push", live, "anna/live", "--base-model", base)
     assert (outcome.status, "--base-model" in outcome.err) == (0, False)
     assert card_of(hub.repositories["anna/live"].files["README.md"]).data.base_model == base
+    outcome = run_cli("push", shapes, "anna/shapes", "--base-model", base)
+    assert (outcome.status, "comes with diffalign" in outcome.err) == (2, True)
     outcome = run_cli("push", live, "anna/live", "--base-model", "anna/nothing")
     assert (outcome.status, "--base-model: there is no model 'anna/nothing'" in outcome.err) == (2, True)
     outcome = run_cli("push", of_files, "anna/folder", "--license", "mit")
@@ -380,7 +382,8 @@ def test_a_dry_run_writes_what_would_be_sent(shapes: Path, hub: Hub, run_cli: Ca
 
 
 def test_a_training_pushes_its_run(files: Path, hub: Hub, run_cli: Callable[..., Any], tmp_path: Path) -> None:
-    own = ["--pipeline", files / "model", "--reward", f"{files / 'rewards.py'}:red", "--prompts", files / "prompts.txt"]
+    cached = Path(shutil.copytree(files / "model", tmp_path / "models--anna--base" / "snapshots" / "c0ffee"))
+    own = ["--pipeline", cached, "--reward", f"{files / 'rewards.py'}:red", "--prompts", files / "prompts.txt"]
     few = ["--method", "draft", "--method.inference_steps=2", "--steps=1", "--batch-size=2", "--eval-size=0", "--output", "run"]
     hub.rights = {"role": "read"}
     outcome = run_cli("train", *own, *few, "--push-to-hub", REPO)
@@ -396,7 +399,9 @@ def test_a_training_pushes_its_run(files: Path, hub: Hub, run_cli: Callable[...,
     assert outcome.status == 0
     assert f"Pushed: {hub.url}/{REPO}" in outcome.err
     assert "lora" in card_of(hub.repositories[REPO].files["README.md"]).data.tags
-    assert "push" not in (tmp_path / "run" / "config.yaml").read_text(), "who runs it again has not asked for it"
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert not any("push" in name for name in config), "who runs it again has not asked for it"
+    assert config["versions"]["base_commit"] == "c0ffee", "a snapshot of the Hub's cache"
     for flags, words in (
         (["--public"], "add --push-to-hub"),
         (["--push-to-hub", REPO, "--tiny"], "a dry run"),
