@@ -13,6 +13,7 @@ import diffusers
 import huggingface_hub
 import numpy as np
 import pytest
+import tiny
 import torch
 import yaml
 from diffusers.loaders import lora_base
@@ -22,6 +23,7 @@ from huggingface_hub.utils import _http
 
 import diffalign
 from diffalign import papers, registry
+from diffalign.base import base_of
 from diffalign.cli import main
 from diffalign.errors import InputError
 from diffalign.hub import Push, check_name, push
@@ -43,6 +45,12 @@ def train(output: Path, **flags: Any) -> Path:
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the embedded model: a LoRA."""
     return train(tmp_path_factory.mktemp("hub") / "shapes", steps=2, learning_rate=0.05, eval_size=4, guidance_scale=2)
+
+
+@pytest.fixture(scope="module")
+def opened(shapes: Path) -> Run:
+    """The same, whose settings are read once."""
+    return Run.open(shapes)
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +122,9 @@ def test_a_pushed_lora_makes_the_runs_pictures_in_plain_diffusers(shapes: Path, 
     assert (theirs != made_by(code, pipe=base)).any(), "a LoRA that changes nothing would have passed"
 
 
-def test_the_card_says_what_was_measured(shapes: Path, hub: Hub) -> None:
-    push(shapes, REPO)
-    found, card = diffalign.load(shapes).evaluation, card_of(hub.repositories[REPO].files["README.md"])
+def test_the_card_says_what_was_measured(opened: Run, hub: Hub) -> None:
+    push(opened, REPO)
+    found, card = opened.evaluation, card_of(hub.repositories[REPO].files["README.md"])
     results = {result.metric_type: result for result in card.data.eval_results or ()}
     assert {name: result.metric_value for name, result in results.items()} == {n: r["after"] for n, r in found["rewards"].items()}
     assert results["shapes-clip"].metric_args["interval"] == found["rewards"]["shapes-clip"]["interval"]
@@ -130,7 +138,7 @@ def test_the_card_says_what_was_measured(shapes: Path, hub: Hub) -> None:
     assert "![before and after](before-after.png)" in card.text
     assert "https://arxiv.org/abs/2309.17400" in card.text
     config = yaml.safe_load(re.findall(r"```yaml\n(.*?)\n```", card.text, re.DOTALL)[0])
-    own = yaml.safe_load((shapes / "config.yaml").read_text())
+    own = yaml.safe_load((opened.path / "config.yaml").read_text())
     assert config == {name: value for name, value in own.items() if name != "device"}
 
 
@@ -163,6 +171,16 @@ def test_a_cut_upload_goes_on_where_it_stopped(shapes: Path, hub: Hub, run_cli: 
     assert hub.repositories[REPO].files.keys() >= FILES
 
 
+def test_ctrl_c_says_how_to_go_on(shapes: Path, hub: Hub, run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hf_api.HfApi, "create_commit", stopped)
+    outcome = run_cli("push", shapes, REPO, "--public")
+    assert outcome.status == 130
+    assert f"Interrupted. Push again: diffalign push {shapes} {REPO} --public" in outcome.err
+
+
 FAULTS = {
     "401 of the token": ("GET /api/whoami", 401, "does not take your token", 1),
     "429 of the token": ("GET /api/whoami", 429, "wait some minutes", 1),
@@ -180,12 +198,13 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_what_the_hub_answers_is_one_line_with_the_mend(name: str, shapes: Path, hub: Hub, run_cli: Callable[..., Any]) -> None:
+def test_what_the_hub_answers_is_one_line_with_the_mend(name: str, opened: Run, hub: Hub) -> None:
     pattern, status, words, asked = FAULTS[name]
     hub.fail(pattern, status, times=99, X_Error_Message="Invalid credentials in Authorization header" if status == 401 else "no")
-    outcome = run_cli("push", shapes, REPO)
-    assert outcome.status == 2
-    said = next(line for line in outcome.err.splitlines() if line.startswith("error: "))
+    with pytest.raises(InputError) as caught:
+        push(opened, REPO)
+    said = str(caught.value)
+    assert "\n" not in said
     assert words in said
     assert ("Push again: " in said) == ("GET" not in pattern)
     assert (str(status) if status else "RemoteProtocolError") in said
@@ -193,17 +212,17 @@ def test_what_the_hub_answers_is_one_line_with_the_mend(name: str, shapes: Path,
     assert not hub.repositories.get(REPO, Repository(True)).commits
 
 
-def test_a_fault_that_passes_is_waited_for(shapes: Path, hub: Hub) -> None:
+def test_a_fault_that_passes_is_waited_for(opened: Run, hub: Hub) -> None:
     hub.fail("POST .*/preupload/", 503, times=2)
     hub.fail("POST .*/objects/batch", 429, Retry_After="1")
-    push(shapes, REPO)
+    push(opened, REPO)
     assert hub.repositories[REPO].files.keys() >= FILES
 
 
-def test_xet_that_is_refused_says_how_to_do_without(shapes: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_xet_that_is_refused_says_how_to_do_without(opened: Run, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     with pytest.raises(InputError, match=r"HF_HUB_DISABLE_XET=1.*Push again"):
-        push(shapes, REPO)
+        push(opened, REPO)
     assert hub.count("xet-write-token") >= 1
 
 
@@ -231,31 +250,31 @@ RIGHTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
 
 
 @pytest.mark.parametrize("name", RIGHTS)
-def test_who_may_not_write_is_told_before_anything_is_sent(name: str, shapes: Path, hub: Hub) -> None:
+def test_who_may_not_write_is_told_before_anything_is_sent(name: str, opened: Run, hub: Hub) -> None:
     repo, hub.rights, words = RIGHTS[name]
     if words is None:
-        assert push(shapes, repo) == f"{hub.url}/{repo}"
+        assert push(opened, repo) == f"{hub.url}/{repo}"
         return
     with pytest.raises(InputError, match=re.escape(words)):
-        push(shapes, repo)
+        push(opened, repo)
     assert hub.count("POST|PUT") == 0
 
 
-def test_repositories_that_are_left_alone(shapes: Path, hub: Hub) -> None:
+def test_repositories_that_are_left_alone(opened: Run, hub: Hub) -> None:
     hub.repositories[REPO] = Repository(True, {".gitattributes": b"", "README.md": b"mine", "model.bin": b"mine"})
     with pytest.raises(InputError, match=r"diffalign has not made it \(README.md, model.bin\).*--force"):
-        push(shapes, REPO)
+        push(opened, REPO)
     assert hub.count("POST|PUT") == 0
-    push(shapes, REPO, force=True)
+    push(opened, REPO, force=True)
     assert hub.repositories[REPO].files.keys() == {".gitattributes", "model.bin", *FILES}
     hub.repositories[REPO].private = False
     with pytest.raises(InputError, match="is public: add --public"):
-        push(shapes, REPO)
-    push(shapes, REPO, public=True)
+        push(opened, REPO)
+    push(opened, REPO, public=True)
     hub.repositories[REPO].private = True
     with pytest.raises(InputError, match="is private, and --public does not change that"):
-        push(shapes, REPO, public=True)
-    push(shapes, "anna/open", public=True)
+        push(opened, REPO, public=True)
+    push(opened, "anna/open", public=True)
     assert not hub.repositories["anna/open"].private
 
 
@@ -352,6 +371,8 @@ def test_the_base_model_and_its_licence(shapes: Path, of_files: Path, hub: Hub, 
     assert "The base model's: [open](https://x.org/l)." in card.text
 
     live = copied(of_files, tmp_path / "live", pipeline="live object")
+    held = base_of(Run.open(live, tiny.stable_diffusion()), None, {})
+    assert (held.kind, held.pipeline_class, held.network) == ("object", "StableDiffusionPipeline", "unet")
     outcome = run_cli("push", live, "anna/live")
     assert outcome.status == 0
     assert "--base-model USER/MODEL" in outcome.err
