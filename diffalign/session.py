@@ -98,7 +98,7 @@ def start(
                 plan, found = within_budget(Trial(plan, policy, train_prompts, data[0] if data else None), least_of_all)
             say(f"Memory budget {found}")
         if accelerator.is_main_process:
-            commit = commit_of(policy.pipe.name_or_path)
+            commit = commit_of(policy.pipe.name_or_path) if live is None else None
             run = Run.create(path, {**plan.config(), "processes": accelerator.num_processes}, live, commit)
             run.write_prompts("train", train_prompts)
             run.write_prompts("heldout", held_out)
