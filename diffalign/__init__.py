@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from diffalign.contract import reward
     from diffalign.data import SpokenPrompt
     from diffalign.errors import InputError
+    from diffalign.hub import push
     from diffalign.models import make_policy
     from diffalign.pairs import make_pairs
+    from diffalign.registry import model_folder
     from diffalign.reward_training import train_reward
     from diffalign.run import Run
     from diffalign.sampling import ddim, flow_sde, rollout, transition
@@ -33,6 +35,8 @@ __all__ = [
     "load",
     "make_pairs",
     "make_policy",
+    "model_folder",
+    "push",
     "resume",
     "reward",
     "rollout",
@@ -53,6 +57,8 @@ _HOMES = {
     "load": "api",
     "make_pairs": "pairs",
     "make_policy": "models",
+    "model_folder": "registry",
+    "push": "hub",
     "resume": "session",
     "reward": "contract",
     "rollout": "sampling",

@@ -221,6 +221,13 @@ def locate(source: str) -> Path | None:
     return None
 
 
+def model_folder(name: str) -> Path:
+    """The folder of an embedded model, which plain diffusers' `from_pretrained` loads; raises InputError for another name."""
+    if name not in MODELS:
+        raise InputError(f"No model '{name}' comes with diffalign. {nearest(name, MODELS)}")
+    return MODELS[name]
+
+
 def installed(entry: Entry) -> bool:
     return entry.package is None or importlib.util.find_spec(entry.package) is not None
 

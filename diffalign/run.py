@@ -55,13 +55,16 @@ class Run:
             raise InputError(f"{path} exists already, and a run is never overwritten: choose another --output, or --resume {path}.")
 
     @classmethod
-    def create(cls, path: Path, config: Mapping[str, Any], live: Any = None) -> Run:
-        """Make the folder and write config.yaml; raises InputError where it exists already or cannot be written."""
+    def create(cls, path: Path, config: Mapping[str, Any], live: Any = None, commit: str | None = None) -> Run:
+        """Make the folder and write config.yaml; raises InputError where it exists already or cannot be written.
+
+        `commit` is that of a base model from the Hub: its revision may be a branch, which moves.
+        """
         cls.refuse_existing(path)
         run = cls(path, live)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            run.write_config({**config, "versions": versions()})
+            run.write_config({**config, "versions": versions() | ({"base_commit": commit} if commit else {})})
         except OSError as error:
             raise InputError(f"{path} cannot be written ({error.strerror}): choose another --output.") from error
         return run

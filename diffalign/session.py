@@ -48,6 +48,7 @@ from diffalign.saving import Saving
 from diffalign.settings import LIVE
 from diffalign.signals import Stopped, noted
 from diffalign.sound import write_all
+from diffalign.sources import commit_of
 from diffalign.streams import PromptList
 
 PICTURES = 8
@@ -97,7 +98,8 @@ def start(
                 plan, found = within_budget(Trial(plan, policy, train_prompts, data[0] if data else None), least_of_all)
             say(f"Memory budget {found}")
         if accelerator.is_main_process:
-            run = Run.create(path, {**plan.config(), "processes": accelerator.num_processes}, live)
+            commit = commit_of(policy.pipe.name_or_path) if live is None else None
+            run = Run.create(path, {**plan.config(), "processes": accelerator.num_processes}, live, commit)
             run.write_prompts("train", train_prompts)
             run.write_prompts("heldout", held_out)
         accelerator.wait_for_everyone()

@@ -58,6 +58,12 @@ def check(folder: Path) -> None:
             _check_file(file, part, folder)
 
 
+def commit_of(folder: str | None) -> str | None:
+    """The commit that a folder of the Hub's cache is a snapshot of; None for other folders, and for none."""
+    path = Path(folder or "")
+    return path.name if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--") else None
+
+
 def absent(folder: Path) -> list[str]:
     """The parts that a pipeline was saved without, such as Stable Diffusion 3's T5: diffusers loads it so where it is told of each."""
     return [part for part, entry in _index(folder / "model_index.json").items() if entry == [None, None]]
@@ -186,7 +192,7 @@ def _unreachable(source: str, revision: str | None, error: BaseException) -> Exc
     from huggingface_hub import errors
     from huggingface_hub.constants import is_offline_mode
 
-    chain = list(_chain(error))
+    chain = list(chain_of(error))
 
     def of(*kinds: type[BaseException]) -> Any:
         return next((link for link in chain if isinstance(link, kinds)), None)
@@ -222,7 +228,7 @@ def _unreachable(source: str, revision: str | None, error: BaseException) -> Exc
             f"'{source}' is not on this machine, or not all of it, and HF_HUB_OFFLINE forbids to fetch it: unset that, "
             f"or fetch it where there is a network (hf download {source})."
         )
-    if of(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError) or _of_transport(chain):
+    if of(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError) or of_transport(chain):
         return InputError(
             f"'{source}' is not on this machine, or not all of it, and the Hub cannot be reached: check the network and try again. "
             "Is it the name of a folder? There is none here."
@@ -231,12 +237,13 @@ def _unreachable(source: str, revision: str | None, error: BaseException) -> Exc
     return InputError(f"The model '{source}' could not be fetched ({type(error).__name__}: {reason}).")
 
 
-def _of_transport(chain: list[BaseException]) -> bool:
+def of_transport(chain: list[BaseException]) -> bool:
     """Whether the HTTP client itself failed, whichever one huggingface_hub has."""
     return any(type(link).__module__.partition(".")[0] in ("httpx", "httpx2", "requests", "urllib3") for link in chain)
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def chain_of(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it came of."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -109,6 +109,7 @@ def _help_of_plan(parser: Any, command: str) -> str:
     from diffalign.flags import help_of
 
     resume = "  --resume DIR          Go on with a run, alone or with --steps N. A finished one starts a new round.\n"
+    resume += "  --push-to-hub USER/REPO  Upload the run when it has ended, as diffalign push does; --public for everybody to see.\n"
     resume = resume if command == "train" else ""
     more = f"options:\n{resume}  --print-config        Show the resolved settings as YAML, and stop.\n"
     text = help_of(parser).replace("options:\n", more, 1)
