@@ -10,6 +10,7 @@ COMMANDS = {
     "reward": "train a reward from preferences or ratings, and test rewards on preferences",
     "edits": "a model's own edits, good and bad, for HIVE",
     "export": "a run's LoRA as one file for AUTOMATIC1111, ComfyUI and the like",
+    "report": "a page of a run: curves, pictures through training, held-out table, settings",
     "compare": "finished runs side by side: rewards, KL, diversity, and what they took",
     "check": "preflight: would this training learn?",
     "list": "methods, rewards and pipelines, with what each needs",

@@ -1,0 +1,269 @@
+"""`report.html`: a page of a run, or of several, in one file that asks no network. What cannot be read is said in it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+import diffalign
+from diffalign.charts import Traced, charts
+from diffalign.checkpoint import whole
+from diffalign.console import say
+from diffalign.contract import short_name
+from diffalign.data import PicturePrompt, Prompt, SpokenPrompt, text_of
+from diffalign.errors import InputError
+from diffalign.exhibits import of_evaluation, through_training
+from diffalign.flags import flat
+from diffalign.guard import closing
+from diffalign.guarding import guard_outcome, guard_rows
+from diffalign.run import Run
+from diffalign.settings import LIVE
+
+NAME = "report.html"
+FOLDER = Path(__file__).parent / "assets" / "report"
+T = TypeVar("T")
+
+
+def write_report(run: Run) -> Path:
+    """Write the run's report.html; the file. Raises InputError where it cannot be written."""
+    return _write(run.path / NAME, "run.html", of_run(run))
+
+
+def leave_report(run: Run) -> None:
+    """`write_report` for a training, which nothing may fail that a page needs: where it fails, one line says so."""
+    try:
+        write_report(Run(run.path))  # as the folder is now: a run remembers the settings that it was opened with
+    except Exception as error:
+        say(f"{run.path / NAME} was not written ({' '.join(str(error).split())[:200]}). Write it again: diffalign report {run.path}")
+
+
+@contextmanager
+def reported(run: Run, main: bool) -> Iterator[None]:
+    """Leave a report when the block ends, also where it fails or is stopped; but not where a second Ctrl-C wants it to end at once."""
+    try:
+        yield
+    except Exception:
+        if main:
+            leave_report(run)
+        raise
+    if main:
+        leave_report(run)
+
+
+def write_comparison(compared: Mapping[str, Any], file: Path) -> Path:
+    """Write the page of what `diffalign.compare_runs` returned; the file. Raises InputError where it cannot be written."""
+    return _write(file, "compare.html", of_runs(compared))
+
+
+def of_run(run: Run) -> dict[str, Any]:
+    """What the page of a run says, as plain values: each section that could be read, and `troubles`, a line for each that could not."""
+    troubles = list[str]()
+
+    def read(what: str, section: Callable[[], T], otherwise: T) -> T:
+        try:
+            return section()
+        except Exception as error:  # files from any hand: whatever is wrong with one costs its section, and no other
+            troubles.append(f"{what} cannot be shown: {' '.join(str(error).split())[:300] or type(error).__name__}")
+            return otherwise
+
+    config = read("The settings", lambda: run.config, dict[str, Any]())
+    rows = read("What the run logged", lambda: _rows(run.metrics), list[dict[str, Any]]())
+    guard = read("What the guard found", lambda: _guard_table(guard_rows(run.path)), list[dict[str, Any]]())
+    raw_guard = read("The guard's curves", lambda: guard_rows(run.path), list[dict[str, Any]]()) if guard else []
+    outcome = read("What came of the guard", lambda: guard_outcome(run), None) if guard else None
+    evaluation = read("The evaluation", lambda: run.evaluation if (run.path / "eval.json").is_file() else None, None)
+    method, reward = names_of(config)
+    traced = Traced(run.path.resolve().name, method, reward, rows, raw_guard)
+    return {
+        "name": run.path.resolve().name,
+        "state": read("How far the run is", lambda: _state(run, config, rows, raw_guard), {"text": "unknown", "kind": "unknown"}),
+        "method": method,
+        "reward": reward,
+        "config": config,
+        "facts": read("The costs", lambda: _facts(rows), list[tuple[str, str]]()),
+        "held_out": read("The held-out table", lambda: _held_out(evaluation) if evaluation else [], list[dict[str, Any]]()),
+        "evaluation": evaluation or {},
+        "sheet": read("The evaluation's pictures", lambda: of_evaluation(run), None),
+        "exhibition": read("Pictures through the training", lambda: through_training(run), None),
+        "charts": read("The curves", lambda: charts([traced]), charts([])),
+        "guard": guard,
+        "guard_closing": closing(outcome) if outcome else None,
+        "commands": read("How to run it again", lambda: _commands(run, config), list[tuple[str, str]]()),
+        "settings": read("The settings' table", lambda: _settings(config), dict[str, str]()),
+        "versions": read("The versions", lambda: {k: str(v) for k, v in dict(config.get("versions", {})).items()}, dict[str, str]()),
+        "yaml": yaml.safe_dump(config, sort_keys=False) if config else "",
+        "troubles": troubles,
+    }
+
+
+def of_runs(compared: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page of several finished runs says: the records of `compare_runs`, their curves and in what their settings differ."""
+    records = compared["runs"]
+    runs = [Run.open(record["path"]) for record in records]
+    traced = [
+        Traced(record["run"], *names_of(run.config), _rows(run.metrics), guard_rows(run.path))
+        for record, run in zip(records, runs, strict=True)
+    ]
+    settings = [{**_settings(run.config), **_prefixed(run.config.get("versions") or {})} for run in runs]
+    keys = dict.fromkeys(key for own in settings for key in own)
+    differ = {key: values for key in keys if len(set(values := [own.get(key, "") for own in settings])) > 1}
+    shared = {key for key in keys if all(key in own for own in settings)}  # of another method, or an older version, are the others
+    evaluations = [_held_out(record["evaluation"]) if record["evaluation"] else [] for record in records]
+    names = dict.fromkeys(row["name"] for rows in evaluations for row in rows)
+    table = [(name, [(i, row) for i, rows in enumerate(evaluations) for row in rows if row["name"] == name]) for name in names]
+    return {
+        "records": records,
+        "notes": compared["notes"],
+        "charts": charts(traced),
+        "held_out": [(name, _placed(rows)) for name, rows in table],
+        "differ": {key: values for key, values in differ.items() if key in shared},
+        "lacking": {key: values for key, values in differ.items() if key not in shared},
+        "alike": sum(1 for key in keys if key not in differ),
+        "measured": any("kl_to_base" in record for record in records),
+    }
+
+
+def names_of(config: Mapping[str, Any]) -> tuple[str, str]:
+    """What a run's method and its reward, or its data, are called."""
+    method, reward = ((config.get(key) or {}).get("name") or "" for key in ("method", "reward"))
+    return short_name(str(method)) if method else "", short_name(str(reward)) if reward else str(config.get("data") or "")
+
+
+def _rows(rows: Sequence[Any]) -> list[dict[str, Any]]:
+    if not all(isinstance(row, dict) for row in rows):
+        raise InputError("a line of metrics.jsonl is no object.")
+    return [*rows]
+
+
+def _state(run: Run, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], guard: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    done, steps = int(rows[-1]["step"]) if rows else 0, int(config["steps"])
+    if guard and guard[-1]["fired"] and guard[-1]["step"] == done:
+        return {"text": f"ended by its guard at step {done:,} of {steps:,}", "kind": "guarded"}
+    weights = (run.path / ("model" if config.get("full") else "lora")).is_dir()
+    if done >= steps and weights:
+        return {"text": f"finished, {steps:,} steps", "kind": "finished"}
+    return {"text": f"unfinished, at step {done:,} of {steps:,}", "kind": "unfinished"}
+
+
+def _facts(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """What all steps took, where the run logged it."""
+    last = rows[-1] if rows else {}
+    labels = {"reward_queries": "reward queries", "network_samples": "network samples", "seconds": "seconds", "peak_memory_mb": "MB at most"}
+    return [(label, f"{last[key]:,.0f}") for key, label in labels.items() if last.get(key)]
+
+
+def _held_out(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each reward; `prompts` is how many it is of."""
+    return [
+        {"name": name, **row, "prompts": row.get("prompts", evaluation["prompts"]), **_drawn(row, _extent([row]))}
+        for name, row in evaluation["rewards"].items()
+    ]
+
+
+def _placed(rows: Sequence[tuple[int, dict[str, Any]]]) -> list[tuple[int, dict[str, Any]]]:
+    """The rows of one reward in several runs, drawn on one scale."""
+    extent = _extent([row for _, row in rows])
+    return [(run, {**row, **_drawn(row, extent)}) for run, row in rows]
+
+
+def _extent(rows: Sequence[Mapping[str, Any]]) -> float:
+    return max((abs(value) for row in rows for value in (*row["interval"], row["difference"]) if math.isfinite(value)), default=0.0) or 1.0
+
+
+def _drawn(row: Mapping[str, Any], extent: float) -> dict[str, float | bool]:
+    """Where difference and interval stand on a line 100 wide with zero in its middle; `off_zero`: zero lies outside of the interval."""
+    (low, high), place = row["interval"], lambda value: round(50 + 46 * value / extent, 2)
+    return {"low": place(low), "high": place(high), "at": place(row["difference"]), "off_zero": bool(low > 0 or high < 0)}
+
+
+def _guard_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The evaluations of a guard as they are in guard.jsonl, checked for what the page shows of each."""
+    return [
+        {"step": int(row["step"]), "fired": row["fired"], "best": row["best_step"] == row["step"], "measures": dict(row["measures"])}
+        for row in rows
+    ]
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, str]:
+    return {name: _said(value) for name, value in flat(config).items() if name != "versions"}
+
+
+def _prefixed(versions: Mapping[str, Any]) -> dict[str, str]:
+    return {f"version of {name}": str(value) for name, value in versions.items()}
+
+
+def _said(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _commands(run: Run, config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """`(what it does, the command or call)`."""
+    folder, live = shlex.quote(str(run.path)), LIVE in (config.get("pipeline"), (config.get("reward") or {}).get("name"))
+    processes = int(config.get("processes") or 1)
+    start = "diffalign" if processes == 1 else f"torchrun --nproc_per_node {processes} -m diffalign"
+    if live:
+        found = [("The same training, with the objects that it was given", "diffalign.align(pipe, reward=reward, ...)  # the settings below")]
+        found += [("Go on with it", f"diffalign.resume({str(run.path)!r}, pipe=pipe, reward=reward)")]
+    else:
+        found = [("The same training, into a new folder", f"{start} train --config {shlex.quote(str(run.path / 'config.yaml'))}")]
+        found += [("Go on with it; a finished one takes --steps", f"{start} train --resume {folder}")]
+    held_out = run.read_prompts("heldout")
+    found += [("Sample, before and after", again(run.path, held_out[0], config.get("pipeline") == LIVE))]
+    return [*found, ("Evaluate on held-out prompts again", f"diffalign eval {folder}"), ("This page again", f"diffalign report {folder}")]
+
+
+def again(path: Path, prompt: Prompt, live: bool) -> str:
+    """What samples a run: a command, or where it was made from a `live` pipeline, which no command can have, a call."""
+    files = (prompt.picture, prompt.mask) if isinstance(prompt, PicturePrompt) else ()
+    named = {flag: file for flag, file in zip(("image", "mask"), files, strict=False) if file is not None}
+    if live:
+        asked = [text_of(prompt), *(str(file) if isinstance(file, Path) else f"{flag}.png" for flag, file in named.items())]
+        given = f"diffalign.SpokenPrompt({prompt.text!r}, {prompt.transcript!r})" if isinstance(prompt, SpokenPrompt) else repr(asked[0])
+        return f"diffalign.load({str(path)!r}, pipe=pipe).sample([{tuple(asked) if named else given}])"
+    flags = [f"--{flag} {shlex.quote(str(file)) if isinstance(file, Path) else 'FILE'}" for flag, file in named.items()]
+    texts = [("prompt", text_of(prompt))] if text_of(prompt) else []
+    texts += [("transcript", prompt.transcript)] if isinstance(prompt, SpokenPrompt) else []
+    asked = [f"--{flag} {shlex.quote(text)}" for flag, text in texts]
+    return " ".join(["diffalign sample", shlex.quote(str(path)), *asked, *flags])
+
+
+def _write(file: Path, template: str, values: Mapping[str, Any]) -> Path:
+    text = _render(template, values)
+    try:
+        with whole(file) as draft:
+            draft.write_bytes(text.encode("utf-8", "replace"))  # JSON can spell half a character
+    except OSError as error:
+        raise InputError(f"{file} cannot be written ({error.strerror}): make room, or mend its folder.") from error
+    return file
+
+
+def _render(template: str, values: Mapping[str, Any]) -> str:
+    style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    made = {"version": diffalign.__version__, "time": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"}
+    policy = f"default-src 'none'; img-src data:; media-src data:; style-src {_digest(style)}; script-src {_digest(script)}"
+    return _environment().get_template(template).render(**values, **made, style=style, script=script, policy=policy)
+
+
+def _digest(text: str) -> str:
+    """What a Content-Security-Policy allows a script by: no other one runs, whatever a prompt or a setting may hold."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+@cache
+def _environment() -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(
+        loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )  # fmt: skip
