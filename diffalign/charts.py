@@ -38,10 +38,10 @@ class Traced:
 
 
 def charts(runs: Sequence[Traced]) -> dict[str, Any]:
-    """`{"axes", "names", "tracks", "charts"}`, as assets/report/page.js draws them; a track is where the points of lines stand on each axis.
+    """`{"axes", "names", "tracks", "charts"}`, as assets/report/page.js draws them; a track has the places of points on each axis.
 
     A line has up to `POINTS` points: of more steps each point is the mean of as many as it takes (`every`), without what is not finite. A
-    chart has a line for each run that logged its column; scores of different rewards, and losses of different methods, are never in one chart.
+    chart has a line for each run that logged its column; scores of different rewards, or losses of different methods, share none.
     """
     tracks: list[dict[str, Any]] = []
     found: dict[tuple[str, str, str], dict[str, Any]] = {}

@@ -35,8 +35,10 @@ class Moment:
 
 @dataclass(frozen=True)
 class Exhibition:
-    """The same prompts and noise through a training. `sources` are the pictures that were edited; `notes` say what is not shown; `enlarged`:
-    the pictures are so small that pixels are to be seen."""
+    """The same prompts and noise through a training. `sources` are the pictures that were edited; `notes` say what is not shown.
+
+    `enlarged`: the pictures are so small that their pixels are to be seen.
+    """
 
     captions: list[str]
     sources: list[str]
@@ -111,12 +113,12 @@ def evenly(steps: Sequence[int], count: int) -> list[int]:
 
 
 def small(picture: Image.Image, side: int) -> str:
-    """A picture as a data: URI, scaled down to `side` pixels where it is larger: PNG, or WebP where that is smaller."""
+    """A picture as a data: URI, scaled down to `side` pixels where it is larger: WebP, or PNG where that is smaller, as of flat ones."""
     picture = picture.copy()
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    plain, compressed = io.BytesIO(), io.BytesIO()
-    picture.save(plain, "PNG", optimize=True)
-    picture.save(compressed, "WEBP", quality=85)
+    compressed, plain = io.BytesIO(), io.BytesIO()
+    picture.save(compressed, "WEBP", quality=85, method=2)
+    picture.save(plain, "PNG", compress_level=3)
     return data_uri(min(plain.getvalue(), compressed.getvalue(), key=len))
 
 

@@ -9,7 +9,7 @@ import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,31 +77,29 @@ def of_run(run: Run) -> dict[str, Any]:
             troubles.append(f"{what} cannot be shown: {' '.join(str(error).split())[:300] or type(error).__name__}")
             return otherwise
 
+    nothing: tuple[str, str] = ("", "")
     config = read("The settings", lambda: run.config, dict[str, Any]())
     rows = read("What the run logged", lambda: _rows(run.metrics), list[dict[str, Any]]())
     guard = read("What the guard found", lambda: _guard_table(guard_rows(run.path)), list[dict[str, Any]]())
-    raw_guard = read("The guard's curves", lambda: guard_rows(run.path), list[dict[str, Any]]()) if guard else []
-    outcome = read("What came of the guard", lambda: guard_outcome(run), None) if guard else None
-    evaluation = read("The evaluation", lambda: run.evaluation if (run.path / "eval.json").is_file() else None, None)
-    method, reward = names_of(config)
-    traced = Traced(run.path.resolve().name, method, reward, rows, raw_guard)
+    evaluated = (run.path / "eval.json").is_file()
+    method, reward = read("What was trained on what", lambda: names_of(config), nothing)
+    traced = Traced(run.path.resolve().name, method, reward, rows, guard)
     return {
         "name": run.path.resolve().name,
-        "state": read("How far the run is", lambda: _state(run, config, rows, raw_guard), {"text": "unknown", "kind": "unknown"}),
+        "state": read("How far the run is", lambda: _state(run, config, rows, guard), {"text": "unknown", "kind": "unknown"}),
         "method": method,
         "reward": reward,
-        "config": config,
+        "pipeline": str(config.get("pipeline") or ""),
         "facts": read("The costs", lambda: _facts(rows), list[tuple[str, str]]()),
-        "held_out": read("The held-out table", lambda: _held_out(evaluation) if evaluation else [], list[dict[str, Any]]()),
-        "evaluation": evaluation or {},
+        "held_out": read("The held-out table", lambda: _evaluation(run.evaluation) if evaluated else None, None),
         "sheet": read("The evaluation's pictures", lambda: of_evaluation(run), None),
         "exhibition": read("Pictures through the training", lambda: through_training(run), None),
         "charts": read("The curves", lambda: charts([traced]), charts([])),
         "guard": guard,
-        "guard_closing": closing(outcome) if outcome else None,
+        "guard_closing": read("What came of the guard", lambda: _closing(run), None) if guard else None,
         "commands": read("How to run it again", lambda: _commands(run, config), list[tuple[str, str]]()),
         "settings": read("The settings' table", lambda: _settings(config), dict[str, str]()),
-        "versions": read("The versions", lambda: {k: str(v) for k, v in dict(config.get("versions", {})).items()}, dict[str, str]()),
+        "versions": read("The versions", lambda: {k: str(v) for k, v in dict(config.get("versions") or {}).items()}, dict[str, str]()),
         "yaml": yaml.safe_dump(config, sort_keys=False) if config else "",
         "troubles": troubles,
     }
@@ -112,14 +110,14 @@ def of_runs(compared: Mapping[str, Any]) -> dict[str, Any]:
     records = compared["runs"]
     runs = [Run.open(record["path"]) for record in records]
     traced = [
-        Traced(record["run"], *names_of(run.config), _rows(run.metrics), guard_rows(run.path))
+        Traced(record["run"], *names_of(run.config), _rows(run.metrics), _guard_table(guard_rows(run.path)))
         for record, run in zip(records, runs, strict=True)
     ]
     settings = [{**_settings(run.config), **_prefixed(run.config.get("versions") or {})} for run in runs]
     keys = dict.fromkeys(key for own in settings for key in own)
     differ = {key: values for key in keys if len(set(values := [own.get(key, "") for own in settings])) > 1}
     shared = {key for key in keys if all(key in own for own in settings)}  # of another method, or an older version, are the others
-    evaluations = [_held_out(record["evaluation"]) if record["evaluation"] else [] for record in records]
+    evaluations = [_evaluation(record["evaluation"])["rewards"] if record["evaluation"] else [] for record in records]
     names = dict.fromkeys(row["name"] for rows in evaluations for row in rows)
     table = [(name, [(i, row) for i, rows in enumerate(evaluations) for row in rows if row["name"] == name]) for name in names]
     return {
@@ -159,40 +157,76 @@ def _state(run: Run, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]
 def _facts(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """What all steps took, where the run logged it."""
     last = rows[-1] if rows else {}
-    labels = {"reward_queries": "reward queries", "network_samples": "network samples", "seconds": "seconds", "peak_memory_mb": "MB at most"}
+    labels = {
+        "reward_queries": "reward queries",
+        "network_samples": "network samples",
+        "seconds": "seconds",
+        "peak_memory_mb": "MB at most",
+    }
     return [(label, f"{last[key]:,.0f}") for key, label in labels.items() if last.get(key)]
 
 
-def _held_out(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each reward; `prompts` is how many it is of."""
-    return [
-        {"name": name, **row, "prompts": row.get("prompts", evaluation["prompts"]), **_drawn(row, _extent([row]))}
+def _evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """What a page shows of eval.json, with a row for each reward; `prompts` of a row is how many it is of."""
+    count, pairs = int(evaluation["prompts"]), evaluation.get("pairs")
+    numbers = ("before", "after", "difference", "win_rate")
+    rows = [
+        {
+            "name": name,
+            **{key: float(row[key]) for key in numbers},
+            "interval": [float(end) for end in row["interval"]],
+            "prompts": int(row.get("prompts", count)),
+        }
         for name, row in evaluation["rewards"].items()
     ]
+    return {
+        "prompts": count,
+        "denoising_steps": int(evaluation["denoising_steps"]),
+        "pairs": pairs and {"count": int(pairs["count"]), "accuracy": float(pairs["implicit_accuracy"])},
+        "rewards": [{**row, "drawn": _drawn(row, _extent([row]))} for row in rows],
+    }
 
 
 def _placed(rows: Sequence[tuple[int, dict[str, Any]]]) -> list[tuple[int, dict[str, Any]]]:
     """The rows of one reward in several runs, drawn on one scale."""
     extent = _extent([row for _, row in rows])
-    return [(run, {**row, **_drawn(row, extent)}) for run, row in rows]
+    return [(run, {**row, "drawn": _drawn(row, extent)}) for run, row in rows]
 
 
 def _extent(rows: Sequence[Mapping[str, Any]]) -> float:
     return max((abs(value) for row in rows for value in (*row["interval"], row["difference"]) if math.isfinite(value)), default=0.0) or 1.0
 
 
-def _drawn(row: Mapping[str, Any], extent: float) -> dict[str, float | bool]:
-    """Where difference and interval stand on a line 100 wide with zero in its middle; `off_zero`: zero lies outside of the interval."""
-    (low, high), place = row["interval"], lambda value: round(50 + 46 * value / extent, 2)
-    return {"low": place(low), "high": place(high), "at": place(row["difference"]), "off_zero": bool(low > 0 or high < 0)}
+def _drawn(row: Mapping[str, Any], extent: float) -> dict[str, float | bool] | None:
+    """Where difference and interval stand on a line 100 wide with zero in its middle; None for what is not finite.
+
+    `off_zero`: zero lies outside of the interval.
+    """
+    low, high = row["interval"]
+    places = {name: round(50 + 46 * value / extent, 2) for name, value in {"low": low, "high": high, "at": row["difference"]}.items()}
+    return {**places, "off_zero": low > 0 or high < 0} if all(map(math.isfinite, places.values())) else None
 
 
 def _guard_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The evaluations of a guard as they are in guard.jsonl, checked for what the page shows of each."""
+    """The evaluations of a guard as guard.jsonl has them, with what a page shows of each."""
     return [
-        {"step": int(row["step"]), "fired": row["fired"], "best": row["best_step"] == row["step"], "measures": dict(row["measures"])}
+        {
+            "step": int(row["step"]),
+            "trained": row["trained"],
+            "fired": row["fired"] and str(row["fired"]["measure"]),
+            "best": row["best_step"] == row["step"],
+            "measures": {
+                name: {key: found[key] for key in ("value", "reference", "difference", "interval", "limit", "failed", "within", "failures")}
+                for name, found in row["measures"].items()
+            },
+        }
         for row in rows
     ]
+
+
+def _closing(run: Run) -> str | None:
+    outcome = guard_outcome(run)
+    return outcome and closing(outcome)
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, str]:
@@ -213,7 +247,9 @@ def _commands(run: Run, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     processes = int(config.get("processes") or 1)
     start = "diffalign" if processes == 1 else f"torchrun --nproc_per_node {processes} -m diffalign"
     if live:
-        found = [("The same training, with the objects that it was given", "diffalign.align(pipe, reward=reward, ...)  # the settings below")]
+        found = [
+            ("The same training, with the objects that it was given", "diffalign.align(pipe, reward=reward, ...)  # the settings below")
+        ]
         found += [("Go on with it", f"diffalign.resume({str(run.path)!r}, pipe=pipe, reward=reward)")]
     else:
         found = [("The same training, into a new folder", f"{start} train --config {shlex.quote(str(run.path / 'config.yaml'))}")]
@@ -250,7 +286,7 @@ def _write(file: Path, template: str, values: Mapping[str, Any]) -> Path:
 
 def _render(template: str, values: Mapping[str, Any]) -> str:
     style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    made = {"version": diffalign.__version__, "time": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"}
+    made = {"version": diffalign.__version__, "time": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
     policy = f"default-src 'none'; img-src data:; media-src data:; style-src {_digest(style)}; script-src {_digest(script)}"
     return _environment().get_template(template).render(**values, **made, style=style, script=script, policy=policy)
 
@@ -264,6 +300,4 @@ def _digest(text: str) -> str:
 def _environment() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    return Environment(
-        loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )  # fmt: skip
+    return Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

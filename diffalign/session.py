@@ -50,6 +50,7 @@ from diffalign.signals import Stopped, noted
 from diffalign.sound import write_all
 from diffalign.streams import PromptList
 
+
 def start(
     plan: Plan,
     output: str | Path | None,

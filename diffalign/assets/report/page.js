@@ -45,7 +45,7 @@
   };
   const ticks = (low, high, count) => {
     const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
-    const step = [1, 2, 5, 10].map((times) => times * power).find((size) => size >= rough * 0.999);
+    const step = [1, 2, 2.5, 5, 10].map((times) => times * power).find((size) => size >= rough * 0.999);
     const found = [];
     for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(+(i * step).toPrecision(12));
     return found;
@@ -97,7 +97,7 @@
     yLow -= room; yHigh += room;
     const px = (x) => x === null ? null : left + (x - xLow) / (xHigh - xLow) * (width - left - right);
     const py = (y) => y === null ? null : height - bottom - (y - yLow) / (yHigh - yLow) * (height - top - bottom);
-    for (const y of ticks(yLow, yHigh, 5)) {
+    for (const y of ticks(yLow, yHigh, 6)) {
       element("line", { x1: left, x2: width - right, y1: py(y), y2: py(y), class: y === 0 ? "zero" : "grid" }, svg);
       element("text", { x: left - 6, y: py(y) + 4, "text-anchor": "end" }, svg, short(y));
     }
