@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import math
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -16,19 +15,17 @@ from typing import Any, TypeVar
 
 import yaml
 
-import diffalign
 from diffalign.charts import Traced, charts
 from diffalign.checkpoint import whole
 from diffalign.console import say
 from diffalign.contract import short_name
-from diffalign.data import PicturePrompt, Prompt, SpokenPrompt, text_of
 from diffalign.errors import InputError
 from diffalign.exhibits import of_evaluation, through_training
 from diffalign.flags import flat
 from diffalign.guard import closing
 from diffalign.guarding import guard_outcome, guard_rows
-from diffalign.run import Run
-from diffalign.settings import LIVE
+from diffalign.rerun import commands
+from diffalign.run import Run, versions
 
 NAME = "report.html"
 FOLDER = Path(__file__).parent / "assets" / "report"
@@ -97,7 +94,7 @@ def of_run(run: Run) -> dict[str, Any]:
         "charts": read("The curves", lambda: charts([traced]), charts([])),
         "guard": guard,
         "guard_closing": read("What came of the guard", lambda: _closing(run), None) if guard else None,
-        "commands": read("How to run it again", lambda: _commands(run, config), list[tuple[str, str]]()),
+        "commands": read("How to run it again", lambda: commands(run, config), list[tuple[str, str]]()),
         "settings": read("The settings' table", lambda: _settings(config), dict[str, str]()),
         "versions": read("The versions", lambda: {k: str(v) for k, v in dict(config.get("versions") or {}).items()}, dict[str, str]()),
         "yaml": yaml.safe_dump(config, sort_keys=False) if config else "",
@@ -226,7 +223,7 @@ def _guard_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _closing(run: Run) -> str | None:
     outcome = guard_outcome(run)
-    return outcome and closing(outcome)
+    return closing(outcome) if outcome else None
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, str]:
@@ -241,39 +238,6 @@ def _said(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
-def _commands(run: Run, config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """`(what it does, the command or call)`."""
-    folder, live = shlex.quote(str(run.path)), LIVE in (config.get("pipeline"), (config.get("reward") or {}).get("name"))
-    processes = int(config.get("processes") or 1)
-    start = "diffalign" if processes == 1 else f"torchrun --nproc_per_node {processes} -m diffalign"
-    if live:
-        found = [
-            ("The same training, with the objects that it was given", "diffalign.align(pipe, reward=reward, ...)  # the settings below")
-        ]
-        found += [("Go on with it", f"diffalign.resume({str(run.path)!r}, pipe=pipe, reward=reward)")]
-    else:
-        found = [("The same training, into a new folder", f"{start} train --config {shlex.quote(str(run.path / 'config.yaml'))}")]
-        found += [("Go on with it; a finished one takes --steps", f"{start} train --resume {folder}")]
-    held_out = run.read_prompts("heldout")
-    found += [("Sample, before and after", again(run.path, held_out[0], config.get("pipeline") == LIVE))]
-    return [*found, ("Evaluate on held-out prompts again", f"diffalign eval {folder}"), ("This page again", f"diffalign report {folder}")]
-
-
-def again(path: Path, prompt: Prompt, live: bool) -> str:
-    """What samples a run: a command, or where it was made from a `live` pipeline, which no command can have, a call."""
-    files = (prompt.picture, prompt.mask) if isinstance(prompt, PicturePrompt) else ()
-    named = {flag: file for flag, file in zip(("image", "mask"), files, strict=False) if file is not None}
-    if live:
-        asked = [text_of(prompt), *(str(file) if isinstance(file, Path) else f"{flag}.png" for flag, file in named.items())]
-        given = f"diffalign.SpokenPrompt({prompt.text!r}, {prompt.transcript!r})" if isinstance(prompt, SpokenPrompt) else repr(asked[0])
-        return f"diffalign.load({str(path)!r}, pipe=pipe).sample([{tuple(asked) if named else given}])"
-    flags = [f"--{flag} {shlex.quote(str(file)) if isinstance(file, Path) else 'FILE'}" for flag, file in named.items()]
-    texts = [("prompt", text_of(prompt))] if text_of(prompt) else []
-    texts += [("transcript", prompt.transcript)] if isinstance(prompt, SpokenPrompt) else []
-    asked = [f"--{flag} {shlex.quote(text)}" for flag, text in texts]
-    return " ".join(["diffalign sample", shlex.quote(str(path)), *asked, *flags])
-
-
 def _write(file: Path, template: str, values: Mapping[str, Any]) -> Path:
     text = _render(template, values)
     try:
@@ -286,7 +250,7 @@ def _write(file: Path, template: str, values: Mapping[str, Any]) -> Path:
 
 def _render(template: str, values: Mapping[str, Any]) -> str:
     style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    made = {"version": diffalign.__version__, "time": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
+    made = {"version": versions()["diffalign"], "time": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
     policy = f"default-src 'none'; img-src data:; media-src data:; style-src {_digest(style)}; script-src {_digest(script)}"
     return _environment().get_template(template).render(**values, **made, style=style, script=script, policy=policy)
 

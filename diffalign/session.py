@@ -39,10 +39,11 @@ from diffalign.loop import Training, prepare, train
 from diffalign.lora import as_loaded
 from diffalign.memory import Trial, within_budget
 from diffalign.models import class_of, make_policy, modality_of, prepare_to_train
-from diffalign.pages import again, reported
+from diffalign.pages import reported
 from diffalign.peaks import forget_peak
 from diffalign.processes import least_of_all, make_accelerator, mesh_of, one_for_all
 from diffalign.report import curve
+from diffalign.rerun import again
 from diffalign.run import Run
 from diffalign.saving import Saving
 from diffalign.settings import LIVE

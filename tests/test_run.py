@@ -27,7 +27,7 @@ from diffalign.api import evaluate_run
 from diffalign.data import PicturePrompt
 from diffalign.errors import InputError
 from diffalign.models import make_policy
-from diffalign.pages import again
+from diffalign.rerun import again
 from diffalign.run import Run
 from diffalign.session import resume
 from diffalign.settings import Settings

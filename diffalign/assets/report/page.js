@@ -38,7 +38,7 @@
   const short = (value) => {
     const size = Math.abs(value);
     if (value === 0) return "0";
-    if (size >= 1e9 || size < 1e-4) return value.toExponential(1).replace("e+", "e");
+    if (size >= 1e9 || size < 1e-3) return (+value.toPrecision(3)).toExponential().replace("e+", "e");
     if (size >= 1e6) return `${+(value / 1e6).toPrecision(3)}M`;
     if (size >= 1e4) return `${+(value / 1e3).toPrecision(3)}k`;
     return `${+value.toPrecision(4)}`;
@@ -117,7 +117,8 @@
         if (x === null || y === null) return;
         if (line.low && line.low[i] !== null)
           element("line", { x1: x, x2: x, y1: py(line.low[i]), y2: py(line.high[i]), class: `whisker ${colour(line.run)}` }, svg);
-        if (line.dots || points.length === 1) element("circle", { cx: x, cy: y, r: 3, class: colour(line.run) }, svg);
+        const alone = [i - 1, i + 1].every((near) => !points[near] || points[near][1] === null); // of a line there is nothing to see
+        if (line.dots || alone) element("circle", { cx: x, cy: y, r: 3, class: colour(line.run) }, svg);
       });
     }
     const cursor = element("line", { y1: top, y2: height - bottom, x1: -9, x2: -9, class: "cursor" }, svg);
