@@ -13,21 +13,21 @@ from diffalign.settings import LIVE
 
 
 def commands(run: Run, config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """`(what it does, the command or call)`."""
+    """`(what it does, the command or call)`: to train again, to go on, to sample, to evaluate, to write the page."""
     folder, live = shlex.quote(str(run.path)), LIVE in (config.get("pipeline"), (config.get("reward") or {}).get("name"))
     processes = int(config.get("processes") or 1)
     start = "diffalign" if processes == 1 else f"torchrun --nproc_per_node {processes} -m diffalign"
     if live:
-        found = [
-            ("The same training, with the objects that it was given", "diffalign.align(pipe, reward=reward, ...)  # the settings below")
-        ]
+        found = [("The same training, with its objects and the settings below", "diffalign.align(pipe, reward=reward, ...)")]
         found += [("Go on with it", f"diffalign.resume({str(run.path)!r}, pipe=pipe, reward=reward)")]
     else:
         found = [("The same training, into a new folder", f"{start} train --config {shlex.quote(str(run.path / 'config.yaml'))}")]
         found += [("Go on with it; a finished one takes --steps", f"{start} train --resume {folder}")]
     held_out = run.read_prompts("heldout")
     found += [("Sample, before and after", again(run.path, held_out[0], config.get("pipeline") == LIVE))]
-    return [*found, ("Evaluate on held-out prompts again", f"diffalign eval {folder}"), ("This page again", f"diffalign report {folder}")]
+    if not live:
+        found += [("Evaluate on held-out prompts again", f"diffalign eval {folder}")]
+    return [*found, ("This page again", f"diffalign report {folder}")]
 
 
 def again(path: Path, prompt: Prompt, live: bool) -> str:
