@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.metadata
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from diffalign.flags import flat
 from diffalign.guard import closing
 from diffalign.guarding import guard_outcome, guard_rows
 from diffalign.rerun import commands
-from diffalign.run import Run, versions
+from diffalign.run import Run
 
 NAME = "report.html"
 FOLDER = Path(__file__).parent / "assets" / "report"
@@ -114,7 +115,7 @@ def of_runs(compared: Mapping[str, Any]) -> dict[str, Any]:
     keys = dict.fromkeys(key for own in settings for key in own)
     differ = {key: values for key in keys if len(set(values := [own.get(key, "") for own in settings])) > 1}
     shared = {key for key in keys if all(key in own for own in settings)}  # of another method, or an older version, are the others
-    evaluations = [_evaluation(record["evaluation"])["rewards"] if record["evaluation"] else [] for record in records]
+    evaluations = [_rewards(record) for record in records]
     names = dict.fromkeys(row["name"] for rows in evaluations for row in rows)
     table = [(name, [(i, row) for i, rows in enumerate(evaluations) for row in rows if row["name"] == name]) for name in names]
     return {
@@ -127,6 +128,14 @@ def of_runs(compared: Mapping[str, Any]) -> dict[str, Any]:
         "alike": sum(1 for key in keys if key not in differ),
         "measured": any("kl_to_base" in record for record in records),
     }
+
+
+def _rewards(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The held-out rows of a record; none where it was not evaluated."""
+    try:
+        return _evaluation(record["evaluation"])["rewards"] if record["evaluation"] else []
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{record['path']}/eval.json is damaged. Write it again: diffalign eval {record['path']}") from error
 
 
 def names_of(config: Mapping[str, Any]) -> tuple[str, str]:
@@ -178,7 +187,7 @@ def _evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     ]
     return {
         "prompts": count,
-        "denoising_steps": int(evaluation["denoising_steps"]),
+        "denoising_steps": evaluation.get("denoising_steps"),
         "pairs": pairs and {"count": int(pairs["count"]), "accuracy": float(pairs["implicit_accuracy"])},
         "rewards": [{**row, "drawn": _drawn(row, _extent([row]))} for row in rows],
     }
@@ -250,7 +259,7 @@ def _write(file: Path, template: str, values: Mapping[str, Any]) -> Path:
 
 def _render(template: str, values: Mapping[str, Any]) -> str:
     style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    made = {"version": versions()["diffalign"], "time": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
+    made = {"version": importlib.metadata.version("diffalign"), "time": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
     policy = f"default-src 'none'; img-src data:; media-src data:; style-src {_digest(style)}; script-src {_digest(script)}"
     return _environment().get_template(template).render(**values, **made, style=style, script=script, policy=policy)
 

@@ -333,3 +333,6 @@ def test_a_comparison_has_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "method.k" not in table
     assert page.words.count("[+0.125, +0.375]") == 2
     assert "compare.html" in capsys.readouterr().err
+    (two.path / "eval.json").write_text('{"prompts": 3, "rewards": {"a": {"before": 1}}}')
+    assert main(["compare", str(one.path), str(two.path), "--limit", "0", "--output", str(tmp_path / "out")]) == 2
+    assert f"{two.path}/eval.json is damaged. Write it again: diffalign eval" in capsys.readouterr().err
