@@ -33,6 +33,7 @@ from diffalign.inputs import (
 from diffalign.loop import STATE
 from diffalign.media import read_image
 from diffalign.models import class_of, make_policy, modality_of, prepare_to_train
+from diffalign.pages import leave_report
 from diffalign.preflight import Finding, preflight
 from diffalign.run import Run
 from diffalign.session import evaluate_into, start
@@ -119,6 +120,8 @@ def evaluate_run(
     kept = {"pairs": before.get("pairs"), "guard": guard_outcome(run)}
     results = evaluate_into(plan, run.policy, checked, texts[:limit], seed, target, target.with_suffix(".png"), **kept)
     say(f"Written: {target} and {target.with_suffix('.png')}")
+    if target == run.path / "eval.json":
+        leave_report(run)
     return results
 
 

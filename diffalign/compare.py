@@ -14,6 +14,7 @@ from diffalign.errors import InputError
 from diffalign.evaluate import diversity, kl_to_base
 from diffalign.guard import closing
 from diffalign.guarding import guard_outcome
+from diffalign.pages import write_comparison
 from diffalign.report import Line, reward_curves
 from diffalign.run import Run
 
@@ -100,7 +101,7 @@ def notes(runs: Sequence[Run], records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def write(compared: dict[str, Any], folder: Path) -> list[Path]:
-    """Write compare.json and compare.png; the files. Raises InputError where the folder cannot be written."""
+    """Write compare.json, compare.png and compare.html; the files. Raises InputError where the folder cannot be written."""
     lines: dict[str, list[Line]] = {}
     for record in compared["runs"]:
         reward = record["reward"] or record["data"]
@@ -113,4 +114,4 @@ def write(compared: dict[str, Any], folder: Path) -> list[Path]:
         reward_curves(lines).save(folder / "compare.png")
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error.strerror}): choose another --output.") from error
-    return [folder / "compare.json", folder / "compare.png"]
+    return [folder / "compare.json", folder / "compare.png", write_comparison(compared, folder / "compare.html")]

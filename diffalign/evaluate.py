@@ -21,6 +21,8 @@ from diffalign.sampling import ddim, noisy, paired_errors, rollout, transition
 from diffalign.streams import Source
 from diffalign.types import Condition, Policy
 
+PICTURES = 8  # of the held-out prompts that a run shows: the columns of its sheets
+
 
 @torch.no_grad()
 def sample(policy: Policy, prompts: Sequence[Prompt], *, steps: int, seed: int, batch_size: int, suffix: str = "") -> Tensor:

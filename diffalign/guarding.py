@@ -27,7 +27,7 @@ from diffalign.flags import COMPOSE, parameters
 from diffalign.inputs import named_rewards
 from diffalign.loop import Row, Training
 from diffalign.processes import one_for_all
-from diffalign.run import Run
+from diffalign.run import Run, json_lines
 from diffalign.types import ComposedReward
 
 KL_PROMPTS = 16  # the KL is a mean over all latent dimensions of a sample too, and needs fewer
@@ -109,7 +109,7 @@ def guard_rows(path: Path) -> list[dict[str, Any]]:
     """The lines of a run's guard.jsonl, one an evaluation; none where no guard watched. Raises InputError where one is damaged."""
     file = path / "guard.jsonl"
     try:
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        return json_lines(file)
     except ValueError as error:
         raise _damaged(file) from error
 

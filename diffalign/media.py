@@ -18,6 +18,7 @@ from torch import Tensor
 from diffalign.errors import InputError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")  # not EPS: reading one starts another programme
+MARGIN, HEAD, GAP = 60, 40, 4  # of a sheet, in pixels: left of its pictures, above them, and after each
 DEEP = {"F": "floating point values", "I": "32-bit values"}  # Pillow's modes
 
 
@@ -89,20 +90,29 @@ def _said(error: BaseException) -> str:
 
 def grid(rows: Sequence[tuple[str, Tensor]], captions: Sequence[str], cell: int = 128) -> Image.Image:
     """Rows of pictures, each `(name, images (B, 3, H, W))`, under the B captions; small pictures are enlarged without smoothing."""
-    font, margin, head = ImageFont.load_default(11), 60, 40
+    font = ImageFont.load_default(11)
     height, width = rows[0][1].shape[-2:]
     scale = max(1, cell // max(height, width))
     height, width = height * scale, width * scale
-    sheet = Image.new("RGB", (margin + len(captions) * (width + 4), head + len(rows) * (height + 4)), "white")
+    sheet = Image.new("RGB", (MARGIN + len(captions) * (width + GAP), HEAD + len(rows) * (height + GAP)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, caption in enumerate(captions):
-        draw.multiline_text((margin + i * (width + 4), 2), _wrapped(caption, font, width, head), font=font, fill="black", spacing=1)
+        draw.multiline_text((MARGIN + i * (width + GAP), 2), _wrapped(caption, font, width, HEAD), font=font, fill="black", spacing=1)
     for j, (name, images) in enumerate(rows):
-        top = head + j * (height + 4)
+        top = HEAD + j * (height + GAP)
         draw.text((4, top + height // 2), name, font=font, fill="black")
         for i, image in enumerate(images):
-            sheet.paste(to_pil(image).resize((width, height), Image.Resampling.NEAREST), (margin + i * (width + 4), top))
+            sheet.paste(to_pil(image).resize((width, height), Image.Resampling.NEAREST), (MARGIN + i * (width + GAP), top))
     return sheet
+
+
+def cells(sheet: Image.Image, rows: int, columns: int) -> list[list[Image.Image]]:
+    """The pictures of a sheet that `grid` made, a list for each row; raises InputError where it has no so many rows and columns."""
+    (width, broken), (height, uneven) = divmod(sheet.width - MARGIN, columns), divmod(sheet.height - HEAD, rows)
+    if broken or uneven or min(width, height) <= GAP:
+        raise InputError(f"It is no sheet of {rows} x {columns} pictures: it has {sheet.width} x {sheet.height} pixels.")
+    tops, lefts = range(HEAD, sheet.height, height), range(MARGIN, sheet.width, width)
+    return [[sheet.crop((left, top, left + width - GAP, top + height - GAP)) for left in lefts] for top in tops]
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, height: int) -> str:

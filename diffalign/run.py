@@ -9,7 +9,7 @@ import math
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +38,18 @@ PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "accelerate", "pe
 def versions() -> dict[str, str]:
     """What a run depends on: packages and Python."""
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def json_lines(file: Path) -> list[Any]:
+    """What the lines of a log hold; none where there is no file. A last line that is cut short, by a kill or as it is being written, is
+    none yet. Raises ValueError for any other line that is no JSON.
+    """
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    if lines and not lines[-1].endswith("\n"):
+        with suppress(ValueError):
+            return [*map(json.loads, lines)]
+        lines = lines[:-1]
+    return [*map(json.loads, lines)]
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,7 @@ class Run:
         """The rows of metrics.jsonl, one an optimiser step; a value is None where it was not finite."""
         file = self.path / "metrics.jsonl"
         try:
-            return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+            return json_lines(file)
         except ValueError as error:
             raise InputError(f"{file} is damaged: a line of it is no JSON. Mend or delete that line.") from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -19,9 +18,9 @@ from diffalign.checkpoint import whole
 from diffalign.config import Plan, check_needs, resolve
 from diffalign.console import comparison, console, say, say_notes, watch
 from diffalign.contract import CheckedReward, short_name
-from diffalign.data import PicturePrompt, Prompt, SpokenPrompt, check_fit, rate_of, text_of
+from diffalign.data import Prompt, check_fit, rate_of
 from diffalign.errors import InputError
-from diffalign.evaluate import evaluate, implicit_accuracy, sample, sheet
+from diffalign.evaluate import PICTURES, evaluate, implicit_accuracy, sample, sheet
 from diffalign.flags import flat
 from diffalign.guard import closing
 from diffalign.guarding import Guarding, check_guard, check_resumed, guard_outcome, guard_rewards, guarding, rewind_guard
@@ -40,9 +39,11 @@ from diffalign.loop import Training, prepare, train
 from diffalign.lora import as_loaded
 from diffalign.memory import Trial, within_budget
 from diffalign.models import class_of, make_policy, modality_of, prepare_to_train
+from diffalign.pages import reported
 from diffalign.peaks import forget_peak
 from diffalign.processes import least_of_all, make_accelerator, mesh_of, one_for_all
 from diffalign.report import curve
+from diffalign.rerun import again
 from diffalign.run import Run
 from diffalign.saving import Saving
 from diffalign.settings import LIVE
@@ -50,8 +51,6 @@ from diffalign.signals import Stopped, noted
 from diffalign.sound import write_all
 from diffalign.sources import commit_of
 from diffalign.streams import PromptList
-
-PICTURES = 8
 
 
 def start(
@@ -104,7 +103,7 @@ def start(
             run.write_prompts("heldout", held_out)
         accelerator.wait_for_everyone()
         run = Run.open(path, live)
-        with run.alone() if accelerator.is_main_process else nullcontext():
+        with run.alone() if accelerator.is_main_process else nullcontext(), reported(run, accelerator.is_main_process):
             return drive(plan, run, policy, rewards, guards, accelerator, data, resume=False)
 
 
@@ -134,7 +133,8 @@ def resume(path: str | Path, steps: int | None = None, pipe: Any = None, reward:
         with run.alone() if accelerator.is_main_process else nullcontext():  # before anything in the folder is touched
             if steps is not None and accelerator.is_main_process:
                 run.write_config({**run.config, "steps": steps})
-            return drive(plan, run, policy, rewards, guards, accelerator, data, resume=True)
+            with reported(run, accelerator.is_main_process):
+                return drive(plan, run, policy, rewards, guards, accelerator, data, resume=True)
 
 
 @contextmanager
@@ -222,7 +222,7 @@ def drive(
         if watched is not None:
             say(closing(watched))
         run.save_picture("curve.png", curve({run.path.name: run.metrics}))
-        say(f"Run: {run.path}   Again: {again(run.path, shown[0], settings.pipeline == LIVE)}")
+        say(f"Run: {run.path}   Page: {run.path / 'report.html'}   Again: {again(run.path, shown[0], settings.pipeline == LIVE)}")
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.wait_for_everyone()  # the run is whole when the first process has written it
@@ -313,21 +313,6 @@ def evaluate_into(
 def _for_trackers(config: dict[str, Any]) -> dict[str, Any]:
     """The settings as trackers take them: `lora.rank`, and text for what is neither number nor text."""
     return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in flat(config).items()}
-
-
-def again(path: Path, prompt: Prompt, live: bool) -> str:
-    """What samples a run: a command, or where it was made from a `live` pipeline, which no command can have, a call."""
-    files = (prompt.picture, prompt.mask) if isinstance(prompt, PicturePrompt) else ()
-    named = {flag: file for flag, file in zip(("image", "mask"), files, strict=False) if file is not None}
-    if live:
-        asked = [text_of(prompt), *(str(file) if isinstance(file, Path) else f"{flag}.png" for flag, file in named.items())]
-        given = f"diffalign.SpokenPrompt({prompt.text!r}, {prompt.transcript!r})" if isinstance(prompt, SpokenPrompt) else repr(asked[0])
-        return f"diffalign.load({str(path)!r}, pipe=pipe).sample([{tuple(asked) if named else given}])"
-    flags = [f"--{flag} {shlex.quote(str(file)) if isinstance(file, Path) else 'FILE'}" for flag, file in named.items()]
-    texts = [("prompt", text_of(prompt))] if text_of(prompt) else []
-    texts += [("transcript", prompt.transcript)] if isinstance(prompt, SpokenPrompt) else []
-    asked = [f"--{flag} {shlex.quote(text)}" for flag, text in texts]
-    return " ".join(["diffalign sample", shlex.quote(str(path)), *asked, *flags])
 
 
 def _fresh_name(plan: Plan) -> Path:

@@ -27,8 +27,9 @@ from diffalign.api import evaluate_run
 from diffalign.data import PicturePrompt
 from diffalign.errors import InputError
 from diffalign.models import make_policy
+from diffalign.rerun import again
 from diffalign.run import Run
-from diffalign.session import again, resume
+from diffalign.session import resume
 from diffalign.settings import Settings
 
 STEPS = 12
