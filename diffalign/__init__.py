@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from diffalign.contract import reward
     from diffalign.data import SpokenPrompt
     from diffalign.errors import InputError
+    from diffalign.merging import merge
     from diffalign.models import make_policy
     from diffalign.pairs import make_pairs
     from diffalign.reward_training import train_reward
@@ -33,6 +34,7 @@ __all__ = [
     "load",
     "make_pairs",
     "make_policy",
+    "merge",
     "resume",
     "reward",
     "rollout",
@@ -53,6 +55,7 @@ _HOMES = {
     "load": "api",
     "make_pairs": "pairs",
     "make_policy": "models",
+    "merge": "merging",
     "resume": "session",
     "reward": "contract",
     "rollout": "sampling",

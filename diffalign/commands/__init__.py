@@ -10,6 +10,7 @@ COMMANDS = {
     "reward": "train a reward from preferences or ratings, and test rewards on preferences",
     "edits": "a model's own edits, good and bad, for HIVE",
     "export": "a run's LoRA as one file for AUTOMATIC1111, ComfyUI and the like",
+    "merge": "the LoRAs of several runs added up with weights, or one taken further, as a run of its own",
     "compare": "finished runs side by side: rewards, KL, diversity, and what they took",
     "check": "preflight: would this training learn?",
     "list": "methods, rewards and pipelines, with what each needs",
