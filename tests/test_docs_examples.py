@@ -45,8 +45,8 @@ def test_a_script_runs(name: str, tmp_path: Path) -> None:
     else:
         assert (left["both"].path / "scaled-and-mixed.png").is_file()
         assert left["both"].merged["runs"][1] == {"run": str(left["colour"].path.resolve()), "weight": 0.5}
-        assert left["rows"][0][0].tobytes() != left["rows"][2][0].tobytes() != left["rows"][-1][0].tobytes()
-        half = left["row"]([0.5, 0.5])
+        assert left["columns"][0][0].tobytes() != left["columns"][2][0].tobytes() != left["columns"][-1][0].tobytes()
+        half = left["draw"]([0.5, 0.5])
         pipe = left["both"].pipeline  # the one LoRA that was merged makes the pictures of the two side by side
         noise = torch.Generator().manual_seed(0)
         theirs = pipe(left["PROMPTS"] * 2, num_inference_steps=10, guidance_scale=1.0, generator=noise, output_type="pt").images

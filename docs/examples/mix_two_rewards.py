@@ -15,7 +15,7 @@ import diffalign
 
 HERE = Path(__file__).parent
 SHAPES = Path(diffalign.__file__).parent / "assets" / "shapes"
-PROMPTS = ["two small red squares on a white background", "a large green circle on a grey background"]
+PROMPTS = ["two small red squares on a white background", "a large green circle on a white background"]
 
 clip = diffalign.align("shapes", method="draft", reward="shapes-clip", steps=50)
 colour = diffalign.align("shapes", method="draft", reward=f"{HERE / 'own_reward.py'}:colourful", steps=20)
@@ -26,18 +26,18 @@ pipe.load_lora_weights(clip.path / "lora", adapter_name="clip")
 pipe.load_lora_weights(colour.path / "lora", adapter_name="colour")
 
 
-def row(weights):
+def draw(weights):
     pipe.set_adapters(["clip", "colour"], weights)
-    noise = torch.Generator().manual_seed(0)  # the same in every row: what changes is the weights' doing
+    noise = torch.Generator().manual_seed(0)  # the same every time: what changes is the weights' doing
     return pipe(PROMPTS * 2, num_inference_steps=10, guidance_scale=1.0, generator=noise).images
 
 
-scaled = [row([weight, 0.0]) for weight in (0.0, 0.5, 1.0, 1.5)]
-mixed = [row([1 - weight, weight]) for weight in (0.25, 0.5, 0.75, 1.0)]
-rows = [*scaled, *mixed]
-sheet = Image.new("RGB", (96 * len(rows[0]), 96 * len(rows)))
-for y, pictures in enumerate(rows):
-    for x, picture in enumerate(pictures):
+scaled = [draw([weight, 0.0]) for weight in (0.0, 0.5, 1.0, 1.5)]
+mixed = [draw([1 - weight, weight]) for weight in (0.25, 0.5, 0.75, 1.0)]
+columns = [*scaled, *mixed]
+sheet = Image.new("RGB", (96 * len(columns), 96 * len(columns[0])))
+for x, pictures in enumerate(columns):
+    for y, picture in enumerate(pictures):
         sheet.paste(picture.resize((96, 96), Image.Resampling.NEAREST), (96 * x, 96 * y))
 
 # The mixture that pleases becomes a run of its own: one LoRA, exactly the weighted sum, to be evaluated, exported, trained on.
