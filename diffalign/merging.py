@@ -117,7 +117,7 @@ def _sum(terms: Sequence[tuple[Run, float, Update]], rank: int | None) -> tuple[
     if rank is None or rank >= max(factors.rank for factors in layers.values()):
         return replace(one, layers=layers), None
     cut = {name: low_rank.truncate(factors, rank) for name, factors in layers.items()}
-    error, norm = (sum(found[i] for found in cut.values()) for i in (1, 2))
+    error, norm = sum(found[1] for found in cut.values()), sum(found[2] for found in cut.values())
     return replace(one, layers={name: found[0] for name, found in cut.items()}), error / norm if norm else 0.0
 
 
@@ -161,8 +161,8 @@ def _write(output: Path, terms: Sequence[tuple[Run, float]], update: Update, how
             shutil.copyfile(first.path / "prompts" / "train.jsonl", draft / "prompts" / "train.jsonl")
             new.write_prompts("heldout", held)
             (draft / "samples").mkdir()
-    except OSError as error:
-        raise InputError(f"{output} cannot be written ({error.strerror}): choose another --output.") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{output} cannot be written ({error}): choose another --output.") from error
     say(f"Merged {' '.join(f'{weight:+g} {name}' for name, weight in named)}: {len(update.layers)} layers of rank {rank}. Into {output}")
     for line in _notes(runs, how["lost"], len(held), dropped, left):
         say(line)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 import diffalign
 
@@ -22,8 +23,9 @@ NOTEBOOK = "shapes.ipynb"
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The examples' own calls, with the least that trains."""
-    align = diffalign.align
+    align, draw = diffalign.align, StableDiffusionPipeline.__call__
     monkeypatch.setattr(diffalign, "align", lambda *given, **named: align(*given, **{**named, **FEW}))
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", lambda *given, **named: draw(*given, **{**named, "num_inference_steps": 2}))
     monkeypatch.chdir(tmp_path)
 
 

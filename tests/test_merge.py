@@ -205,13 +205,12 @@ def trained(files: Path, output: Path, reward: str, **given: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """one/ on red, two/ of another rank on another reward, further/ that went on from one/."""
+    """one/ on red, two/ of another rank on another reward."""
     folder, red = tmp_path_factory.mktemp("runs"), f"{files / 'rewards.py'}:red"
     (folder / "bright.py").write_text(BRIGHT)
     trained(files, folder / "one", red, lora={"rank": 2, "alpha": 6.0, "target_modules": LAYERS})
     bright = f"{folder / 'bright.py'}:bright"
     trained(files, folder / "two", bright, lora={"rank": 3, "target_modules": LAYERS}, guidance_scale=3.0)
-    trained(files, folder / "further", red, lora={"init": str(folder / "one" / "lora")}, seed=1)
     return folder
 
 
@@ -273,13 +272,13 @@ def test_a_merged_run_is_a_run(runs: Path, files: Path, run_cli: Any, tmp_path: 
 
 def test_expo(runs: Path, files: Path, run_cli: Any, tmp_path: Path) -> None:
     """theta_1 + a (theta_1 - theta_0): over the base model a LoRA times 1 + a, and away from another run."""
-    one, two, further = runs / "one", runs / "two", runs / "further"
+    one, two = runs / "one", runs / "two"
     assert run_cli("merge", one, "--extrapolate", 0.5, "--output", "over").status == 0
     assert_is(tmp_path / "over", files, [(1.5, ONE, one)])
-    assert run_cli("merge", further, "--extrapolate", 0.5, "--from", one, "--output", "away").status == 0
-    assert_is(tmp_path / "away", files, [(1.5, ONE, further), (-0.5, ONE, one)])
+    assert run_cli("merge", two, "--extrapolate", 0.5, "--from", one, "--output", "away").status == 0
+    assert_is(tmp_path / "away", files, [(1.5, TWO, two), (-0.5, ONE, one)])
     told = diffalign.load(tmp_path / "away").config["merged"]
-    assert told == {"runs": [{"run": str(further), "weight": 1.5}, {"run": str(one), "weight": -0.5}], "extrapolate": 0.5}
+    assert told == {"runs": [{"run": str(two), "weight": 1.5}, {"run": str(one), "weight": -0.5}], "extrapolate": 0.5}
     diffalign.merge([one, two], [0.5, 0.25], extrapolate=1.0, output=tmp_path / "mean")
     assert_is(tmp_path / "mean", files, [(1.0, ONE, one), (0.5, TWO, two)])
 
@@ -387,7 +386,7 @@ def test_what_is_said_wrong_is_refused(flags: list[Any], says: str, runs: Path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_runs_that_do_not_go_together_are_refused(runs: Path, run_cli: Any, tmp_path: Path) -> None:
+def test_runs_that_do_not_go_together_are_refused(runs: Path, tmp_path: Path) -> None:
     def first(name: str) -> Any:
         return lambda found: {(name if i == 0 else key): value for i, (key, value) in enumerate(sorted(found.items()))}
 
@@ -406,7 +405,7 @@ def test_runs_that_do_not_go_together_are_refused(runs: Path, run_cli: Any, tmp_
     (cut / "lora" / WEIGHTS).write_bytes((one / "lora" / WEIGHTS).read_bytes()[:3000])
     bad = {
         changed(runs, tmp_path / "full", full=True): "full trained all weights, and has no LoRA to merge",
-        changed(runs, tmp_path / "other", pipeline="shapes"): f"different models do not add up: {one} of {tmp_path}",
+        changed(runs, tmp_path / "other", pipeline="shapes"): f"different models do not add up: {one} of ",
         changed(runs, tmp_path / "older", revision="v1"): "older of .* \\(v1\\). Give runs of one --pipeline and --revision",
         unfinished: "holds no lora/ yet: the run is unfinished",
         cut: "cut/lora is damaged .* Write it again: diffalign train --resume",
@@ -415,10 +414,9 @@ def test_runs_that_do_not_go_together_are_refused(runs: Path, run_cli: Any, tmp_
         rewritten(changed(runs, tmp_path / "nan"), nan): "holds numbers that are not finite. The training has diverged",
         rewritten(changed(runs, tmp_path / "dora"), first("unet.x.lora_magnitude_vector")): "only plain LoRA, matrices A and B",
     }
+    run = diffalign.load(one)
     for folder, says in bad.items():
-        outcome = run_cli("merge", one, folder, "--weights", 1, 1, "--output", "out")
-        assert outcome.status == 2, folder
-        with pytest.raises(InputError, match=says.replace(f"of {tmp_path}", "of ")):
-            raise InputError(outcome.err)
-        assert len(outcome.err.strip().splitlines()) == 1, outcome.err
+        with pytest.raises(InputError, match=says) as refused:
+            diffalign.merge([run, folder], [1, 1], output=tmp_path / "out")
+        assert len(str(refused.value).splitlines()) == 1
         assert not (tmp_path / "out").exists()
