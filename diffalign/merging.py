@@ -182,7 +182,7 @@ def _notes(runs: Sequence[Run], lost: float | None, held: int, dropped: int, lef
     if dropped:
         yield f"Left out of {held + dropped} held-out prompts: {dropped} that another of the runs was trained on."
     if left:
-        yield f"Not among the rewards of its evaluation, since a name alone does not say what they are: {', '.join(left)}."
+        yield f"Not among the rewards of its evaluation, since their names alone do not say what they are: {', '.join(left)}."
 
 
 def _held_out(runs: Sequence[Run]) -> tuple[list[Any], int]:
@@ -198,13 +198,13 @@ def _held_out(runs: Sequence[Run]) -> tuple[list[Any], int]:
 
 
 def _judges(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
-    """The rewards that the runs were trained on or evaluated with, by name; and those whose own settings a name does not tell."""
-    names, left = list[str](), list[str]()
-    for i, run in enumerate(runs):
-        reward = run.config["reward"]
-        name = reward["name"]
-        if name is not None and (i == 0 or name == LIVE or _told_by_name(reward)):
-            names += [name] if name != LIVE else []
+    """What the new run is evaluated with beside the first run's reward: by name, the rewards that the runs were trained on or evaluated
+    with; and those of which a name does not tell all, or nothing any more."""
+    names, left = list(runs[0].config.get("eval_rewards") or []), list[str]()
+    for run in runs[1:]:
+        name = run.config["reward"]["name"]
+        if name is not None and _told_by_name(run.config["reward"]):
+            names.append(name)
         elif name is not None:
             left.append(f"{name} of {run.path}")
         names += run.config.get("eval_rewards") or []
@@ -212,7 +212,12 @@ def _judges(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
 
 
 def _told_by_name(reward: Mapping[str, Any]) -> bool:
-    """Whether the reward's fields are those that its name stands for."""
-    found, preset = registry.find("rewards", reward["name"])
+    """Whether the reward is there, and its fields are those that its name stands for."""
+    if reward["name"] == LIVE:
+        return False
+    try:
+        found, preset = registry.find("rewards", reward["name"])
+    except InputError:
+        return False
     usual = {key: default for key, (_, default, _) in parameters(found).items()} | preset
     return all(str(reward.get(key, value)) == str(value) for key, value in usual.items())

@@ -306,6 +306,20 @@ def test_a_weight_of_zero_costs_no_rank_and_the_first_run_stays_the_first(runs: 
     assert (run.config["lora"]["rank"], run.config["guidance_scale"]) == (3, 2.0)
 
 
+def test_a_reward_that_its_name_does_not_tell_is_left_out_of_the_evaluation(runs: Path, tmp_path: Path, capsys: Any) -> None:
+    told = {"name": "shapes-clip", "folder": None}
+    others = [changed(runs, tmp_path / "told", reward=told), changed(runs, tmp_path / "own", reward={**told, "folder": "/a/clip"})]
+    others += [
+        changed(runs, tmp_path / "live", reward={"name": "live object"}),
+        changed(runs, tmp_path / "gone", reward={"name": "x.py:y"}),
+    ]
+    run = diffalign.merge([runs / "one", *others], [1] * 5, output=tmp_path / "run")
+    assert run.config["eval_rewards"] == ["shapes-clip"]
+    assert run.config["reward"] == diffalign.load(runs / "one").config["reward"]
+    names = f"shapes-clip of {others[1]}, live object of {others[2]}, x.py:y of {others[3]}."
+    assert f"their names alone do not say what they are: {names}" in capsys.readouterr().err
+
+
 def test_prompts_that_another_run_was_trained_on_are_not_held_out(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "other"
     for name, held, train in (("one", "abcd", "efgh"), ("other", "efgh", "ab")):
