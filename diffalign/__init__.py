@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from diffalign.data import SpokenPrompt
     from diffalign.errors import InputError
     from diffalign.hub import push
+    from diffalign.merging import merge
     from diffalign.models import make_policy
     from diffalign.pairs import make_pairs
     from diffalign.registry import model_folder
@@ -35,6 +36,7 @@ __all__ = [
     "load",
     "make_pairs",
     "make_policy",
+    "merge",
     "model_folder",
     "push",
     "resume",
@@ -57,6 +59,7 @@ _HOMES = {
     "load": "api",
     "make_pairs": "pairs",
     "make_policy": "models",
+    "merge": "merging",
     "model_folder": "registry",
     "push": "hub",
     "resume": "session",

@@ -130,7 +130,7 @@ def _own_rewards(run: Run) -> list[CheckedReward]:
     try:
         rewards = eval_rewards(resolve(run.config))
         if rewards and isinstance(rewards[0].reward, StatefulReward):  # as the training left it
-            memory = run.newest_checkpoint()[0]["memory"]
+            memory = run.source.newest_checkpoint()[0]["memory"]
             if STATE in memory:
                 rewards[0].reward.restore(memory[STATE])
         return rewards

@@ -45,7 +45,9 @@ def compare_runs(runs: Sequence[str | Path | Run], limit: int = 32) -> dict[str,
 
 
 def check_finished(run: Run) -> None:
-    """Raise InputError where a run has not taken all its steps, nor was ended by its guard, or has no weights."""
+    """Raise InputError where a run has not taken all its steps, nor was ended by its guard, or has no weights. A merged one takes none."""
+    if run.merged and run.lora_folder:
+        return
     settings, rows, guard = run.plan.settings, run.metrics, guard_outcome(run)
     done = int(rows[-1]["step"]) if rows else 0
     ended = guard is not None and guard["fired"] and guard["step"] == done
@@ -55,15 +57,15 @@ def check_finished(run: Run) -> None:
 
 def summary(run: Run) -> dict[str, Any]:
     """What a finished run's folder says: its settings' names, its evaluation and its guard (None where it has none), and its costs."""
-    plan, last = run.plan, run.metrics[-1]
+    plan, last = run.plan, (run.metrics or [{}])[-1]
     return {
         "path": str(run.path),
         "pipeline": plan.settings.pipeline,
         "revision": plan.settings.revision,
-        "method": plan.method_name,
+        "method": "merge" if run.merged else plan.method_name,
         "reward": short_name(run.config["reward"]["name"]) if run.config["reward"]["name"] else None,
         "data": plan.settings.data,
-        "steps": int(last["step"]),
+        "steps": int(last.get("step", 0)),
         "seed": plan.settings.seed,
         "evaluation": run.evaluation if (run.path / "eval.json").is_file() else None,
         "guard": guard_outcome(run),

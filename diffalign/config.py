@@ -167,6 +167,7 @@ def build_parser(names: Names, prog: str = "diffalign train") -> ArgumentParser:
     parser.add_argument("--output", type=str | None, default=None, metavar="DIR", help="Run folder; by default a new one in runs/.")
     parser.add_argument("--versions", type=dict, default=None, help=SUPPRESS)
     parser.add_argument("--processes", type=int | None, default=None, help=SUPPRESS)  # a note of what the run was, like the versions
+    parser.add_argument("--merged", type=dict | None, default=None, help=SUPPRESS)
     parser.add_class_arguments(Settings, None)
     parser.add_argument("--method.name", type=str, default=names.method, help="See: diffalign list methods.")
     parser.add_argument("--reward.name", type=str | None, default=names.reward, help="See: diffalign list rewards.")
@@ -229,7 +230,7 @@ def settle(parsed: Namespace, names: Names, reward: Any = None) -> Plan:
     reward_class, _ = registry.find("rewards", names.reward) if names.reward is not None and reward is None else (None, {})
     method_fields = {k: v for k, v in values.pop("method").items() if k != "name"}
     reward_fields = {k: v for k, v in values.pop("reward").items() if k != "name"}
-    for name in ("config", "output", "versions", "processes"):
+    for name in ("config", "output", "versions", "processes", "merged"):
         values.pop(name, None)
     refuse_empty(values, Settings)
     refuse_empty(values["lora"], LoRA, "lora.")

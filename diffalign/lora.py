@@ -185,10 +185,10 @@ def save(pipe: Any, component: str, folder: Path) -> None:
             f"{component}_lora_adapter_metadata": metadata,
         },
     )
-    _sort_header(folder / WEIGHTS)
+    sort_header(folder / WEIGHTS)
 
 
-def _sort_header(path: Path) -> None:
+def sort_header(path: Path) -> None:
     """Sort the metadata in a safetensors file's header: the library orders them at random, and equal runs must give equal bytes."""
     content = path.read_bytes()
     size = int.from_bytes(content[:8], "little")

@@ -106,6 +106,16 @@ class Run:
         return resolve(self.config, rewarded=False)
 
     @property
+    def merged(self) -> dict[str, Any] | None:
+        """What `diffalign merge` made the run of, with weights; None for one that was trained."""
+        return self.config.get("merged")
+
+    @property
+    def source(self) -> Run:
+        """The run that was trained with these settings: itself, or of a merged one the first. Raises InputError where that one is gone."""
+        return self if self.merged is None else Run.open(self.merged["runs"][0]["run"]).source
+
+    @property
     def metrics(self) -> list[dict[str, float]]:
         """The rows of metrics.jsonl, one an optimiser step; a value is None where it was not finite."""
         file = self.path / "metrics.jsonl"
@@ -249,6 +259,11 @@ class Run:
         if self.plan.settings.pipeline == LIVE:
             raise InputError(f"{self.path} was made from a live pipeline object: diffalign.load(folder, pipe=...) wants it again.")
         return self.plan.settings
+
+    @property
+    def lora_folder(self) -> Path:
+        """lora/, which holds what was trained; raises InputError where the run is unfinished."""
+        return self._weights("lora")
 
     def _base(self) -> Any:
         return open_pipeline(self._named())

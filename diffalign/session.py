@@ -113,6 +113,8 @@ def resume(path: str | Path, steps: int | None = None, pipe: Any = None, reward:
     A run that was made from a live pipeline or reward object wants it again: `pipe`, `reward`.
     """
     run = Run.open(path, pipe)
+    if run.merged:
+        raise InputError(f"{path} was merged, and no training of it can go on. Begin one: --lora.init {run.path / 'lora'}")
     plan = resolve(run.config, reward)
     if plan.reward is None and run.config["reward"]["name"] == LIVE:
         raise InputError(f"{path} was trained on a reward given as a Python object: diffalign.resume(folder, reward=...) wants it again.")

@@ -12,6 +12,7 @@ COMMANDS = {
     "export": "a run's LoRA as one file for AUTOMATIC1111, ComfyUI and the like",
     "push": "a run's LoRA onto the Hugging Face Hub, with its model card",
     "report": "a page of a run: curves, pictures through training, held-out table, settings",
+    "merge": "the LoRAs of several runs added up with weights, or one taken further, as a run of its own",
     "compare": "finished runs side by side: rewards, KL, diversity, and what they took",
     "check": "preflight: would this training learn?",
     "list": "methods, rewards and pipelines, with what each needs",

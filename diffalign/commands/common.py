@@ -72,6 +72,10 @@ def plan_of(arguments: list[str], command: str) -> tuple[Plan, str | None] | Non
     arguments = normal(arguments)
     file = value_of(arguments, "--config")
     config = {} if file is None else nested(read_config(file))
+    if config.get("merged"):
+        raise InputError(
+            f"{file} is of a merged run, which no training makes: --lora.init takes its lora/, --config that of a trained one."
+        )
     own: Any = config.get("reward", {})
     arguments = with_part_flags(arguments, own.get("parts") or ())
     flags = {"method": "--method.name", "reward": "--reward.name", "pipeline": "--pipeline"}
