@@ -81,16 +81,16 @@ class Labels:
             for statement in SCHEMA.split(";"):
                 sql.execute(statement)
             media = gathered.media
-            numbers = {id(medium): n for n, medium in enumerate(media)}  # an object a place: equal ones may stand in two prompts
+            at = {id(medium): n for n, medium in enumerate(media)}  # an object a place: equal ones may stand in two prompts
             sql.executemany("insert into media values (?, ?, ?, ?)", [(n, m.model, m.path, m.sha256) for n, m in enumerate(media)])
             rows = [
                 (
                     i,
                     a.text,
                     a.transcript,
-                    json.dumps([numbers[id(m)] for m in a.samples]),
-                    numbers.get(id(a.source)),
-                    numbers.get(id(a.mask)),
+                    json.dumps([at[id(m)] for m in a.samples]),
+                    at.get(id(a.source)),
+                    at.get(id(a.mask)),
                 )
                 for i, a in enumerate(gathered.asked)
             ]
@@ -158,10 +158,8 @@ class Labels:
 
     def reopened(self, rater: str) -> list[int]:
         """Comparisons whose answer the rater took back and has not given again, the last one first."""
-        query = (
-            "select comparison from answers where rater = ? group by comparison having sum(undone is null) = 0 order by max(undone) desc"
-        )
-        return [row[0] for row in self._rows(query, (rater,))]
+        query = "select comparison from answers where rater = ? group by comparison having sum(undone is null) = 0"
+        return [row[0] for row in self._rows(f"{query} order by max(undone) desc", (rater,))]
 
     def answer(
         self, rater: str, comparison: int, shown: tuple[int, ...], ranks: tuple[int, ...] | None, seconds: float | None = None

@@ -3,7 +3,7 @@
 
 const at = (id) => document.getElementById(id);
 const PLAY = "qwer";
-let rater = "", now = null, picked = [], since = 0, busy = false, again = null;
+let rater = "", now = null, done = 0, picked = [], since = 0, busy = false, again = null;
 
 function made(tag, classes, text) {
   const element = document.createElement(tag);
@@ -43,13 +43,14 @@ const refresh = () => send("/state?rater=" + encodeURIComponent(rater));
 
 function show(state) {
   now = state.comparison;
+  done = state.done;
   picked = [];
   since = performance.now();
   at("bar").max = state.total;
   at("bar").value = state.done;
   at("count").textContent = `${state.done} of ${state.total}` + (state.skipped ? `, ${state.skipped} skipped` : "");
   at("leave").textContent = state.rater;
-  at("undo").disabled = state.done === 0;
+  at("undo").disabled = done === 0;
   at("tie").disabled = at("skip").disabled = now === null;
   at("stage").replaceChildren();
   at("about").replaceChildren();
@@ -79,7 +80,7 @@ function compare(state) {
     at("about").append(figure);
     at("about").hidden = false;
   }
-  at("tie").firstElementChild.textContent = now.media.length > 2 ? "The rest tie" : "Tie";
+  at("tie").firstElementChild.textContent = now.media.length > 2 ? "Rest ties" : "Tie";
   at("stage").dataset.count = now.media.length;
   at("stage").className = now.kind === "sound" ? "sounds" : "";
   at("stage").append(...now.media.map((number, i) => (now.kind === "sound" ? heard(number, i) : seen(number, i))));
@@ -136,7 +137,7 @@ function heard(number, i) {
   told();
   const choose = made("button", "choose");
   choose.type = "button";
-  choose.append("This one ", made("kbd", "", i + 1));
+  choose.append("Choose ", made("kbd", "", i + 1));
   choose.addEventListener("click", () => pick(i));
   const line = made("span", "time");
   line.append(time, " ", made("kbd", "", PLAY[i].toUpperCase()));
@@ -161,6 +162,7 @@ function pick(i) {
 }
 
 function mark() {
+  at("undo").disabled = done === 0 && !picked.length;
   [...at("stage").children].forEach((card, j) => {
     card.classList.toggle("ranked", picked.includes(j));
     card.querySelector(".place").textContent = picked.includes(j) && now.media.length > 2 ? ["1st", "2nd", "3rd"][picked.indexOf(j)] : j + 1;
