@@ -36,7 +36,8 @@ def bradley_terry(wins: Array, prior: float = PRIOR) -> Strengths:
         raise ValueError("wins are an (M, M) matrix of counts.")
     games = wins + wins.T
     np.fill_diagonal(games, 0.0)
-    theta, eye = np.zeros(size), np.eye(size) / prior**2
+    # the data say nothing of the mean of all strengths, which stays 0: what stands for it here keeps the matrix well conditioned
+    theta, eye = np.zeros(size), np.eye(size) / prior**2 + 1 / size
 
     def objective(at: Array) -> float:
         return float(-(wins * np.logaddexp(0, at[None, :] - at[:, None]) * (1 - np.eye(size))).sum() - (at**2).sum() / (2 * prior**2))

@@ -254,12 +254,16 @@ def guarded(app: FastAPI, *, origins: Sequence[str] = (), host: str = "127.0.0.1
     return Fence(Gate(app, Limits(max_bytes=MAX_BYTES, timeout=timeout, hosts=frozenset(names))), frozenset(origins), key)
 
 
-def serve(fence: Fence, sockets: Sequence[socket.socket], timeout: float = 30.0) -> None:
-    """Answer until SIGTERM or SIGINT."""
+def make_server(fence: Fence, timeout: float = 30.0) -> uvicorn.Server:
     config = uvicorn.Config(fence, http=patient(timeout), ws="none", loop="asyncio", log_level="warning", server_header=False)
     config.timeout_graceful_shutdown = 3
+    return uvicorn.Server(config)
+
+
+def serve(fence: Fence, sockets: Sequence[socket.socket]) -> None:
+    """Answer until SIGTERM or SIGINT."""
     with outlived(signal.SIGTERM, signal.SIGINT):
-        uvicorn.Server(config).run(sockets=list(sockets))
+        make_server(fence).run(sockets=list(sockets))
 
 
 def check_origins(origins: Sequence[str], host: str) -> None:
