@@ -103,7 +103,7 @@ def test_label_export_train(chromium: Any, tmp_path: Path, files: Path, run_cli:
         with opened(chromium, url, "Bob", phone=True) as phone:
             phone.tap(".card:nth-child(1)")
             shows(phone, "#count", "1 of 5")
-            shows(phone, "#agreement", "of 1")
+            shows(phone, "#agreement", "of 1 common pairs")
             phone.tap("#undo")
             shows(phone, "#count", "0 of 5")
     sides = [answer.ranks for answer in labels.answers("Ada")]

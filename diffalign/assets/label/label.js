@@ -188,7 +188,7 @@ function undo() {
 function agree(found) {
   if (!found.common) return void (at("agreement").textContent = "");
   const kappa = found.kappa === null ? "" : `, ${found.name} kappa ${found.kappa.toFixed(2)}`;
-  at("agreement").textContent = `People agree on ${Math.round(100 * found.share)}% of ${found.common}${kappa}`;
+  at("agreement").textContent = `People agree on ${Math.round(100 * found.share)}% of ${found.common} common pairs${kappa}`;
 }
 
 document.addEventListener("keydown", (event) => {
