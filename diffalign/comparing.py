@@ -54,9 +54,9 @@ def plan(gathered: Gathered, *, compare: int, rounds: int, seed: int) -> tuple[l
             "Give folders of samples of the same prompts" if several else "Make two or more of each (--samples 2), or give another folder"
         )
         raise InputError(f"{where} {why}: there is nothing to compare. {mend}.")
-    notes = [f"{alone:,} prompts have {one}, and are left out."] if alone else []
-    notes += [f"{same:,} comparisons are of samples that are byte for byte the same, and are left out."] if same else []
-    return found, " ".join(notes)
+    counts = {f"prompts with {one}": alone, "comparisons of files that are the same": same}
+    left = "; ".join(f"{what} {count:,}" for what, count in counts.items() if count)
+    return found, f"Left out: {left}." if left else ""
 
 
 def _across(asked: Asked, numbers: Sequence[int], compare: int, rounds: int) -> Iterator[tuple[int, ...]]:

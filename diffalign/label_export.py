@@ -30,10 +30,9 @@ class Majority:
     skipped: int
 
     def in_words(self) -> str:
-        parts = {f"{self.ties:,} are ties": self.ties, f"of {self.divided:,} people are divided": self.divided}
-        left = " and ".join(words for words, count in parts.items() if count)
-        skips = f" {self.skipped:,} answers were skips." if self.skipped else ""
-        return f"{len(self.pairs):,} pairs" + (f"; left out: {left}." if left else ".") + skips
+        counts = {"ties": self.ties, "people are divided": self.divided, "skipped": self.skipped}
+        left = "; ".join(f"{what} {count:,}" for what, count in counts.items() if count)
+        return f"{len(self.pairs):,} pairs" + (f". Left out: {left}." if left else ".")
 
 
 def majority(answers: Sequence[Answer]) -> Majority:

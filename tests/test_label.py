@@ -31,6 +31,7 @@ from diffalign.label_results import agreement, strengths
 from diffalign.labels import Answer, Labels
 from diffalign.models import make_policy
 from diffalign.settings import Settings
+from diffalign.types import Data
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -65,7 +66,7 @@ def test_several_models_meet_each_other_alone(tmp_path: Path) -> None:
     found, note = plan(gathered, compare=2, rounds=2, seed=0)
     models = [tuple(gathered.media[n].model for n in c.media) for c in found]
     assert sorted(models) == sorted([(0, 1), (0, 2), (1, 2)] * 4)[1:]
-    assert note == "1 comparisons are of samples that are byte for byte the same, and are left out."
+    assert note == "Left out: comparisons of files that are the same 1."
     (three, *_), _ = plan(gathered, compare=4, rounds=1, seed=0)
     assert [gathered.media[n].path for n in three.media] == ["images/0-0.png"] * 3, "the r-th of each: the same noise"
 
@@ -310,7 +311,7 @@ def test_majority_votes() -> None:
     assert majority([answer("a", (0, 1)), answer("b", (0, 0)), answer("c", (0, 0))]).pairs == ((4, 7, 1, 0),), "a tie is no vote"
     found = majority([answer("a", (0, 1)), answer("b", (1, 0)), answer("a", (0, 0), (1, 2)), answer("b", None, (1, 2))])
     assert (found.pairs, found.ties, found.divided, found.skipped) == ((), 1, 1, 1)
-    assert found.in_words() == "0 pairs; left out: 1 are ties and of 1 people are divided. 1 answers were skips."
+    assert found.in_words() == "0 pairs. Left out: ties 1; people are divided 1; skipped 1."
     three = majority([answer("a", (0, 2, 1), (1, 2, 3)), answer("b", (0, 1, 1), (1, 2, 3))])
     assert three.pairs == ((1, 2, 2, 0), (1, 3, 2, 0), (3, 2, 1, 0))
 
@@ -331,7 +332,8 @@ def test_export_is_what_the_offline_methods_read(tmp_path: Path, files: Path, ru
     assert (made["raters"], made["pairs"], made["ties"], made["agreement"]) == ({"Ada": 3}, 9, 0, None)
     policy = make_policy(Settings(pipeline=str(files / "model"), guidance_scale=1.0), train=False)
     given: dict[str, Any] = {"reward": None, "limit": None, "skip": False, "seed": 0, "say": print}
-    for kind, count in (("pairs", 9), ("labels", 6)):
+    kinds: dict[Data, int] = {"pairs": 9, "labels": 6}
+    for kind, count in kinds.items():
         train, _ = examples.read("out", kind, policy, **given)
         assert len(train) == count
     again = run_cli("pairs", "--from-labels", folder / "labels.sqlite", "--output", "out")

@@ -110,7 +110,7 @@ def test_label_export_train(chromium: Any, tmp_path: Path, files: Path, run_cli:
     assert sides == [(0, 1), (0, 0), (1, 0), (1, 0), (0, 1)]
     assert labels.answers("Bob") == []
     outcome = run_cli("pairs", "--from-labels", labels.path, "--output", "pairs")
-    assert outcome.err == "pairs: 4 pairs; left out: 1 are ties.\n"
+    assert outcome.err == "pairs: 4 pairs. Left out: ties 1.\n"
     flags = ("--steps", 1, "--batch-size", 2, "--accumulate", 1, "--eval-size", 0, "--guidance-scale", 1, "--sample-steps", 2)
     outcome = run_cli("train", "--method", "diffusion-dpo", "--pipeline", files / "model", "--data", "pairs", *flags, "--output", "run")
     assert outcome.status == 0, outcome.err
