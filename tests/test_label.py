@@ -26,7 +26,7 @@ from diffalign import examples, gathering
 from diffalign.comparing import plan, shown
 from diffalign.errors import InputError
 from diffalign.label_export import export, majority
-from diffalign.label_page import check_origins
+from diffalign.label_page import Fence, check_origins
 from diffalign.label_results import agreement, strengths
 from diffalign.labels import Answer, Labels
 from diffalign.models import make_policy
@@ -470,6 +470,28 @@ def test_a_port_in_use_and_a_missing_extra(tmp_path: Path, run_cli: Callable[...
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "uvicorn" else find(name, *rest))
     outcome = run_cli("label", "mine")
     assert (outcome.status, outcome.err) == (2, "error: diffalign label needs uvicorn: pip install 'diffalign[serve]'\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "links"),
+    [
+        ([], [r"http://127.0.0.1:\d+"]),
+        (["--allow-origin", "http://localhost:9"], [r"http://127.0.0.1:\d+", "http://localhost:9"]),
+        (["--allow-origin", "https://a.example"], [r"http://127.0.0.1:\d+/\?key=([\w-]{22})", r"https://a.example/\?key=([\w-]{22})"]),
+        (["--host", "0.0.0.0", "--allow-origin", "http://10.0.0.5:8"], [r"http://0.0.0.0:\d+/\?key=(.*)", r"http://10.0.0.5:8/\?key=(.*)"]),
+    ],
+)
+def test_links_have_a_key_where_others_can_come(
+    flags: list[str], links: list[str], tmp_path: Path, run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fences = list[Fence]()
+    monkeypatch.setattr("diffalign.label_page.serve", lambda fence, sockets: fences.append(fence))
+    outcome = run_cli("label", write_folder(tmp_path / "mine"), *flags, "--port", 0)
+    assert outcome.status == 0, outcome.err
+    said = [outcome.out.strip(), *re.findall("Also as (.*)", outcome.err)]
+    keys = [found.groups() for link, text in zip(links, said, strict=True) if (found := re.fullmatch(link, text))]
+    assert len(keys) == len(links)
+    assert set(keys) == {() if fences[0].key is None else (fences[0].key,)}
 
 
 def test_no_write_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

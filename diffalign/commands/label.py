@@ -6,6 +6,7 @@ import importlib.util
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from diffalign.commands.common import parser_of, quiet
 from diffalign.errors import InputError
@@ -41,7 +42,13 @@ def run(arguments: list[str]) -> int:
     page = parser.add_argument_group("the page")
     page.add_argument("--host", default="127.0.0.1", help="by default 127.0.0.1, this machine alone; others get a link with a key")
     page.add_argument("--port", type=int, default=8771, help="by default 8771; 0 for a free one, which is printed")
-    page.add_argument("--allow-origin", action="append", default=[], metavar="URL", help="another address of the page, such as a tunnel's")
+    page.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="another address of the page, as of a tunnel; gives the link a key",
+    )
     chosen = parser.parse_args(arguments)
     if chosen.table is not None:
         return _table(chosen.table)
@@ -60,7 +67,8 @@ def run(arguments: list[str]) -> int:
         labels = _opened(chosen, folders)
         if chosen.choose == "uncertain" and len(labels.gathered.models) < 2:
             raise InputError("--choose uncertain is between models, and there is one: give folders of two or more, or leave it out.")
-        key = None if is_loopback(chosen.host) else secrets.token_urlsafe(16)
+        names = [chosen.host, *(urlsplit(origin).hostname or "" for origin in chosen.allow_origin)]  # a tunnel lets others in, too
+        key = None if all(map(is_loopback, names)) else secrets.token_urlsafe(16)
         app = make_app(Asking(labels, chosen.choose))
         say(f"{len(labels.comparisons):,} comparisons; answers go into {labels.path}. Ctrl-C stops, and nothing is lost.")
         print(url_of(sock) + ("" if key is None else f"/?key={key}"), flush=True)  # alone on standard output
