@@ -104,6 +104,10 @@ def test_uncertain_asks_about_the_models_that_are_known_least(tmp_path: Path) ->
         now = page.state("Ada")["comparison"]
         assert 2 in {media[n].model for n in now["media"]}
         page.say("Ada", [0, 1], now["id"])
+    models = {media[n].model for n in now["media"]}
+    for number, comparison in enumerate(page.labels.comparisons):  # these models are known well by now
+        if {media[n].model for n in comparison.media} == models:
+            page.say("Bob", [0, 1], number)
     assert page.undo("Ada")["comparison"]["id"] == now["id"], "what was taken back comes first"
 
 
