@@ -62,6 +62,7 @@ function show(state) {
 
 function end(state) {
   at("prompt").textContent = "All done. Thank you!";
+  at("prompt").className = "";
   at("stage").className = "";
   const what = state.skipped ? `You judged ${state.done - state.skipped} comparisons and skipped ${state.skipped}.` : `You judged all ${state.total} comparisons.`;
   at("stage").append(made("p", "end", what + " You may close this page; Undo takes back the last answer."));
@@ -69,6 +70,7 @@ function end(state) {
 
 function compare(state) {
   at("prompt").textContent = now.prompt;
+  at("prompt").classList.toggle("long", now.prompt.length > 120);
   if (now.transcript !== null) {
     at("transcript").textContent = `“${now.transcript}”`;
     at("transcript").hidden = false;
