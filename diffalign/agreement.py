@@ -141,3 +141,23 @@ def _ranks(x: Array) -> Array:
 
 def _sigmoid(x: Array) -> Array:
     return 0.5 * (1 + np.tanh(x / 2))
+
+
+def cohen_kappa(one: Sequence[Any], other: Sequence[Any]) -> float:
+    """Cohen's kappa (1960) of two raters' categories of n things, in [-1, 1]; NaN where chance alone would make them always agree."""
+    names = sorted(set(one) | set(other))
+    first, second = ([names.index(each) for each in categories] for categories in (one, other))
+    shares = [np.bincount(own, minlength=len(names)) / max(1, len(own)) for own in (first, second)]
+    observed, expected = float(np.mean(np.equal(first, second))) if names else float("nan"), float((shares[0] * shares[1]).sum())
+    return (observed - expected) / (1 - expected) if expected < 1 else float("nan")
+
+
+def fleiss_kappa(counts: Array) -> float:
+    """Fleiss' kappa (1971): `counts[i, j]` raters put thing i into category j; NaN where all of them are in one category.
+
+    Things may have different numbers of raters, two or more: the agreement of each is the share of its pairs of raters that agree.
+    """
+    raters = counts.sum(1)
+    observed = float(np.mean((counts * (counts - 1)).sum(1) / (raters * (raters - 1))))
+    expected = float(((counts.sum(0) / counts.sum()) ** 2).sum())
+    return (observed - expected) / (1 - expected) if expected < 1 else float("nan")

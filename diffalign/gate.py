@@ -18,13 +18,15 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes. `max_bytes` is of a request's body, `timeout` the seconds in which its head, and then its body, must arrive."""
+    """What a server takes. `max_bytes` is of a request's body, `timeout` the seconds in which its head, and then its body, must arrive.
+    `hosts` are names besides this machine's own by which a server without a token may be called."""
 
     token: str | None = None
     max_bytes: int = 64_000_000
     max_pixels: int = 4096 * 4096
     timeout: float = 30.0
     media_folder: Path | None = None
+    hosts: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -65,7 +67,7 @@ class Gate:
                 host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
             except ValueError:  # of a bracket that is not closed
                 host = ""
-            if not is_loopback(host):  # a web page that had its own name point here
+            if not (is_loopback(host) or host in limits.hosts):  # a web page that had its own name point here
                 return 403, f"This server has no token, and answers to the names of this machine alone, not to '{host[:100]}'."
         else:
             given = headers.get("authorization", "").encode("latin-1")

@@ -90,7 +90,7 @@ class Making:
 
 def build_parser(pipeline: str, reward: str | None) -> ArgumentParser:
     """The parser of `diffalign pairs`: the fields of `Making` and of the named reward, with the model's or the run's defaults."""
-    preset = _preset(pipeline)
+    preset = preset_of(pipeline)
     named = preset.pop("reward", None) or {}
     reward = reward or named.get("name")
     found, reward_fields = registry.find("rewards", reward) if reward else (None, {})
@@ -124,7 +124,7 @@ def settle(parsed: Namespace, reward: Any = None) -> tuple[Making, CheckedReward
     return Making(**values), checked, reward_fields, output
 
 
-def _preset(pipeline: str) -> dict[str, Any]:
+def preset_of(pipeline: str) -> dict[str, Any]:
     """What a model or a run brings along: fields of `Making`, and `reward` as {"name": ...}."""
     if is_run(pipeline):
         run = Run.open(pipeline)

@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 
 from diffalign import checkpoint, kohya, lora
 from diffalign.config import Plan, resolve
-from diffalign.data import Prompt, caption_of, check_fit, check_prompts, rate_of, read_file, write_file
+from diffalign.data import PicturePrompt, Prompt, caption_of, check_fit, check_prompts, rate_of, read_file, write_file
 from diffalign.errors import InputError
 from diffalign.evaluate import sample, sheet
+from diffalign.gathering import note
 from diffalign.knobs import to_sample
 from diffalign.lora import WEIGHTS
 from diffalign.media import to_pil
@@ -187,7 +188,7 @@ class Run:
 
         Prompts are texts, where the pipeline takes pictures `(text, picture file)` and `(text, picture file, mask file)`, of speech
         `SpokenPrompt(text, transcript)`. Of sounds the files are mel spectrograms side by side, and .wav files: each trained one, then
-        each of the base model.
+        each of the base model. samples.jsonl in the folder says which file answers which prompt, for `diffalign label`.
         """
         prompts = check_prompts(prompts)
         settings, policy = self.plan.settings, self.policy
@@ -215,9 +216,12 @@ class Run:
         sheet([("before", before), ("after", after)], prompts, rate).save(paths[0])
         if rate is not None:
             heard = {folder / stem: after, folder / f"{stem}-before": before}
-            return [paths[0], *(path for where, media in heard.items() for path in write_all(where, media, rate))]
-        for path, image in zip(paths[1:], after, strict=True):
-            to_pil(image).save(path)
+            paths = [paths[0], *(path for where, media in heard.items() for path in write_all(where, media, rate))]
+        else:
+            for path, image in zip(paths[1:], after, strict=True):
+                to_pil(image).save(path)
+        if not any(isinstance(prompt, PicturePrompt) for prompt in prompts):  # whose pictures may lie outside of the folder
+            note(folder, prompts, paths[1 : 1 + len(prompts)])
         return paths
 
     def export(self, output: str | Path | None = None, *, force: bool = False) -> Path:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import signal
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import uvicorn
@@ -20,6 +19,7 @@ from diffalign import wire
 from diffalign.batching import Busy, Fault, Sample, Scorer
 from diffalign.errors import InputError
 from diffalign.gate import Gate, Limits, patient
+from diffalign.listening import outlived
 from diffalign.run import versions
 from diffalign.types import SoundReward
 
@@ -188,24 +188,6 @@ def _bytes(payload: Payload, name: str, limits: Limits) -> tuple[wire.Kind, byte
         raise InputError(f"{name} is no file in the server's media folder.") from error
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens; raises InputError where the address is taken or not this machine's."""
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((host, port))
-        sock.listen(2048)
-    except (OSError, OverflowError) as error:
-        sock.close()
-        raise InputError(f"{host}:{port} cannot be listened on ({error}): choose another --host or --port.") from error
-    return sock
-
-
-def url_of(sock: socket.socket) -> str:
-    host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
 def make_server(scorer: Scorer, limits: Limits) -> uvicorn.Server:
     """A server whose scorer runs already, or begins to: where the reward does not load, the server stops."""
     # h11 and asyncio are what is always there: with another of uvicorn's choices the server would be another on each machine
@@ -225,7 +207,7 @@ def serve(scorer: Scorer, limits: Limits, sockets: Sequence[socket.socket]) -> N
     """Answer until SIGTERM or SIGINT, and then what is in the queue; raises what the reward raised where it did not load."""
     server = make_server(scorer, limits)
     try:
-        with _outlived(signal.SIGTERM, signal.SIGINT):
+        with outlived(signal.SIGTERM, signal.SIGINT):
             server.run(sockets=list(sockets))
     finally:
         scorer.stop()
@@ -233,14 +215,3 @@ def serve(scorer: Scorer, limits: Limits, sockets: Sequence[socket.socket]) -> N
         raise scorer.failed
     if scorer.failed is not None:  # such as SystemExit, whose status may be 0
         raise InputError(f"The reward {scorer.name} failed with {type(scorer.failed).__name__}: {scorer.failed}") from scorer.failed
-
-
-@contextlib.contextmanager
-def _outlived(*signals: int) -> Iterator[None]:
-    """Signals end nothing by themselves: uvicorn, once it has stopped for one, sends it again."""
-    before = {number: signal.signal(number, lambda *_: None) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -16,7 +16,8 @@ import torch
 from diffalign.batching import Scorer
 from diffalign.contract import as_reward
 from diffalign.gate import Limits
-from diffalign.serve import bind, make_server, url_of
+from diffalign.listening import bind, url_of
+from diffalign.serve import make_server
 
 
 @contextmanager

@@ -7,6 +7,7 @@ COMMANDS = {
     "score": "score pictures or sounds that exist",
     "serve": "a reward over HTTP, for diffalign train --reward remote",
     "pairs": "preference pairs from a model's samples and a reward, for the offline methods",
+    "label": "a page where people compare samples, and what came of it",
     "reward": "train a reward from preferences or ratings, and test rewards on preferences",
     "edits": "a model's own edits, good and bad, for HIVE",
     "export": "a run's LoRA as one file for AUTOMATIC1111, ComfyUI and the like",

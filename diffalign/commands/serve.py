@@ -41,7 +41,8 @@ def run(arguments: list[str]) -> int:
         raise InputError(f"--media-folder {folder} is no folder.")
     quiet()
     from diffalign.gate import Limits, is_loopback
-    from diffalign.serve import bind, serve, url_of
+    from diffalign.listening import bind, url_of
+    from diffalign.serve import serve
 
     if token is None and not is_loopback(chosen.host):
         raise InputError(f"--host {chosen.host} lets other machines in: give --token-file FILE, or set {TOKEN}.")
