@@ -198,7 +198,7 @@ class Compose:
     @property
     def learns(self) -> bool:
         """Whether anything in it changes with what was scored."""
-        return bool(self.running) or any(isinstance(part.reward, StatefulReward) for part in self.parts)
+        return bool(self.running) or any(isinstance(part.reward, StatefulReward) and part.reward.learns for part in self.parts)
 
     @property
     def waits(self) -> bool:
@@ -217,7 +217,7 @@ class Compose:
         self.first.clear()
         for part, column in zip(self.parts, scores.unbind(1), strict=True):
             asked = column[~column.isnan()]
-            if isinstance(part.reward, StatefulReward) and len(asked):
+            if isinstance(part.reward, StatefulReward) and part.reward.learns and len(asked):
                 part.reward.learn(asked)
 
     def _columns(self, scores: Tensor) -> list[tuple[Part, list[float]]]:
