@@ -332,7 +332,8 @@ class PicturePolicy(Policy, Protocol):
 class SoundPolicy(Policy, Protocol):
     """A policy of sounds of `samples` samples at `sample_rate` Hz, whose prompts come with what it takes: nothing, or a transcript.
 
-    `media` are float (B, samples) in [-1, 1]. `unspeakable` says why a transcript cannot be said, None where it can.
+    `media` are float (B, samples) in [-1, 1]. `unspeakable` says why a transcript, or a text that comes without one, cannot be said; None
+    where it can, and where texts are not said.
     """
 
     sample_rate: int
@@ -388,6 +389,14 @@ class LearnedReward(Reward, Protocol):
 
     def open(self) -> None: ...
     def tiny(self, folder: Path) -> Reward: ...
+
+
+@runtime_checkable
+class ReadingReward(Reward, Protocol):
+    """A reward that cannot judge every prompt: `check_prompts` raises InputError for one that it cannot, of sounds of so many seconds, once
+    it is open."""
+
+    def check_prompts(self, prompts: Prompts, seconds: float) -> None: ...
 
 
 @runtime_checkable

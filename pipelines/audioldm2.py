@@ -65,7 +65,7 @@ def _voice(pipe: Any, seconds: float | None, tokens: int | None, negative_prompt
         embedder=embed,
         coding=(mel,),
         takes=("transcript",) if speech else (),
-        unspeakable=lambda transcript: _unspeakable(pipe.tokenizer_2, transcript),
+        unspeakable=lambda said: _unspeakable(pipe.tokenizer_2, said) if speech else None,
         notes=sampled_with(pipe),
     )
 

@@ -59,6 +59,7 @@ def _voice(pipe: Any, seconds: float | None, tokens: int | None, negative_prompt
         decoder=decode,
         embedder=embed,
         coding=(vae.scale,),
+        unspeakable=lambda said: _unspeakable(pipe.tokenizer, said),
         uneven=True,
         notes=(length,) if seconds is None else (),
     )
@@ -78,6 +79,22 @@ def _encode(pipe: Any, key: str, tokens: int, guided: bool, device: str | torch.
         check_tokens(whose, len(words_), tokens)
         found += [F.pad(words_, (0, 0, 0, tokens - len(words_))), torch.tensor(len(words_))]
     return found
+
+
+def _unspeakable(tokenizer: Any, said: str) -> str | None:
+    """Why a text would not be said as it stands: words that its tokenizer lacks. Punctuation that is lacking changes no word."""
+    from diffusers.pipelines.longcat_audio_dit.pipeline_longcat_audio_dit import _normalize_text
+
+    def ids(text: str) -> set[int]:
+        return {*tokenizer(text).input_ids}
+
+    def lacks(word: str) -> bool:
+        bare = "".join(filter(str.isalnum, word))
+        return bool(bare) and (tokenizer.unk_token_id in ids(bare) or not ids(bare) <= ids(word))
+
+    plain = _normalize_text(said)
+    lacking = [word for word in dict.fromkeys(plain.split()) if lacks(word)] if tokenizer.unk_token_id in ids(plain) else []
+    return f"its tokenizer lacks {', '.join(map(repr, lacking))}" if lacking else None
 
 
 def _velocity(pipe: Any, inverted: bool, x_t: Tensor, t: Tensor, tensors: Named) -> Tensor:

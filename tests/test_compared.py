@@ -116,6 +116,13 @@ def test_recordings_that_cannot_be_had_are_named_before_anything_is_scored(files
             SISDR()(torch.rand(2, 1600), prompts)
 
 
+def test_a_clipped_recording_is_said_once(files: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_wav(files / "clipped.wav", torch.ones(1600), 16000)
+    for _ in range(2):
+        SISDR(reference=files / "clipped.wav").open()
+    assert [record.message.partition("clipped.wav ")[2] for record in caplog.records] == ["is clipped: 100.0% of it is at full scale."]
+
+
 def test_a_list_tells_prompts_apart_by_their_transcripts(files: Path) -> None:
     rows = [{"prompt": "calm", "transcript": word, "reference": f"{word}.wav"} for word in ("one", "two")]
     (files / "said.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
