@@ -121,6 +121,9 @@ def _damaged(file: Path) -> InputError:
 
 def guard_outcome(run: Run) -> dict[str, Any] | None:
     """What came of a run's guard: see `diffalign.guard.outcome`. None where it has none."""
+    said = run.config.get("guard")
+    if isinstance(said, Mapping) and not said.get("rewards"):
+        return None  # most runs: their whole plan is not made again for that
     guard = run.plan.settings.guard
     return rule.outcome(guard, guard_rows(run.path)) if guard.rewards else None
 

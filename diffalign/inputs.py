@@ -160,7 +160,7 @@ def check_parts(plan: Plan, prompts: Sequence[Prompt] | None, held: Sequence[Pro
 
 
 def check_read(rewards: Sequence[CheckedReward], prompts: Sequence[Prompt], policy: Policy) -> None:
-    """Raise InputError for a prompt that one of the rewards, which are open, cannot read, such as one that its recogniser does not spell."""
+    """Raise InputError for a prompt that one of the rewards, which are open, cannot read: a recogniser does not spell every word."""
     if not prompts or not isinstance(policy, SoundPolicy) or policy.modality != "audio":
         return
     asked = replace(without_pictures(prompts), transcript=tuple(check_transcripts(prompts, policy)) or None)

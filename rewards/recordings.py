@@ -53,6 +53,11 @@ class Recordings:
             for path in {_path(self.given)} if not self._is_list else set(self.listed.values()):
                 _open(path)
 
+    def check_for(self, prompts: Prompts) -> None:
+        """Open the recording of each prompt; raises InputError for a prompt that has none, or one that `check` refuses."""
+        for path in {*self.paths(prompts)}:
+            _open(path)
+
     def of(self, prompts: Prompts, sample_rate: int) -> list[Tensor]:
         """For each prompt its recording (any,) at `sample_rate` Hz. Raises InputError for a prompt that has none."""
         return [_open(path).at(sample_rate).waveform for path in self.paths(prompts)]

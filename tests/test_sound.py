@@ -355,7 +355,7 @@ def test_score_reads_sounds(tmp_path: Path, run_cli: Callable[..., Any]) -> None
         (["--reward", "silence", "stereo.wav"], "has 2 channels"),
         (["--reward", "silence", "none.wav"], "There is no file none.wav"),
         (["--reward", "silence", "a.wav", "--image", "x.png"], "--image: silence judges sound"),
-        (["--reward", "jpeg-compressibility", "a.wav"], "is no picture that can be read"),
+        (["--reward", "jpeg-compressibility", "a.wav"], "a.wav is a sound, and jpeg-compressibility judges pictures"),
         (["--reward", "jpeg-compressibility", "a.wav", "--transcript", "x"], "--transcript: jpeg-compressibility judges pictures"),
     ):
         outcome = run_cli("score", *flags)
