@@ -146,10 +146,10 @@ def check_fit(prompts: Sequence[Prompt], policy: Policy) -> None:
     check_transcripts(prompts, policy)
     if isinstance(policy, SoundPolicy) and policy.modality == "audio":
         for prompt in prompts:
-            spoken = isinstance(prompt, SpokenPrompt)
-            why = policy.unspeakable(prompt.transcript if spoken else text_of(prompt))
+            apart = isinstance(prompt, SpokenPrompt) and "transcript" in takes(policy)
+            why = policy.unspeakable(prompt.transcript if apart else text_of(prompt))
             if why is not None:
-                what = "transcript of the prompt" if spoken else "prompt"
+                what = "transcript of the prompt" if apart else "prompt"
                 raise InputError(f"The {what} {caption_of(prompt)} cannot be said: {why}. Write it otherwise.")
 
 

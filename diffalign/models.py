@@ -12,7 +12,7 @@ from diffalign import knobs, registry, sources
 from diffalign.errors import InputError, nearest
 from diffalign.notices import quiet
 from diffalign.settings import Settings
-from diffalign.types import Modality, SoundPolicy
+from diffalign.types import Modality
 
 OPTIONS = (
     "image_guidance_scale",
@@ -171,7 +171,7 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
     except InputError:
         policy.release()
         raise
-    if ours and settings.tiny and settings.pipeline not in registry.MODELS and isinstance(policy, SoundPolicy):
+    if ours and settings.tiny and settings.pipeline not in registry.MODELS and policy.modality == "audio":
         policy.unspeakable = _sayable
     parts = sources.pickled(Path(pipe.name_or_path)) if ours and pipe.name_or_path else []
     if parts:

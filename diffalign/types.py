@@ -332,8 +332,8 @@ class PicturePolicy(Policy, Protocol):
 class SoundPolicy(Policy, Protocol):
     """A policy of sounds of `samples` samples at `sample_rate` Hz, whose prompts come with what it takes: nothing, or a transcript.
 
-    `media` are float (B, samples) in [-1, 1]. `unspeakable` says why a transcript, or a text that comes without one, cannot be said; None
-    where it can, and where texts are not said.
+    `media` are float (B, samples) in [-1, 1]. `unspeakable` says why a transcript cannot be said, of a policy that takes none a text;
+    None where it can, and where texts are not said.
     """
 
     sample_rate: int

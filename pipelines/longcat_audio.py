@@ -82,19 +82,26 @@ def _encode(pipe: Any, key: str, tokens: int, guided: bool, device: str | torch.
 
 
 def _unspeakable(tokenizer: Any, said: str) -> str | None:
-    """Why a text would not be said as it stands: words that its tokenizer lacks. Punctuation that is lacking changes no word."""
+    """Why a text would not be said as it stands: words that its tokenizer lacks, or more tokens than the pipeline's call reads. Punctuation
+    that is lacking changes no word."""
     from diffusers.pipelines.longcat_audio_dit.pipeline_longcat_audio_dit import _normalize_text
+
+    unknown = tokenizer.unk_token_id
 
     def ids(text: str) -> set[int]:
         return {*tokenizer(text).input_ids}
 
     def lacks(word: str) -> bool:
-        bare = "".join(filter(str.isalnum, word))
-        return bool(bare) and (tokenizer.unk_token_id in ids(bare) or not ids(bare) <= ids(word))
+        whole, bare = ids(word), ids("".join(filter(str.isalnum, word)))
+        return unknown in whole and (unknown in bare or not bare <= whole)
 
     plain = _normalize_text(said)
-    lacking = [word for word in dict.fromkeys(plain.split()) if lacks(word)] if tokenizer.unk_token_id in ids(plain) else []
-    return f"its tokenizer lacks {', '.join(map(repr, lacking))}" if lacking else None
+    found, most = tokenizer(plain).input_ids, tokenizer.model_max_length
+    most = most if 0 < most <= 32768 else 512  # as the call has it
+    lacking = [word for word in dict.fromkeys(plain.split()) if lacks(word)] if unknown in found else []
+    if lacking:
+        return f"its tokenizer lacks {', '.join(map(repr, lacking))}"
+    return f"it has {len(found)} tokens, and the model says {most} at most" if len(found) > most else None
 
 
 def _velocity(pipe: Any, inverted: bool, x_t: Tensor, t: Tensor, tensors: Named) -> Tensor:

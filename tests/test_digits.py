@@ -61,11 +61,14 @@ def test_a_held_out_prompt_that_a_reward_cannot_read_is_refused_before_the_train
     long = " ".join(["seven"] * 9)
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": f"man: {long}", "transcript": long}))
     (tmp_path / "other.jsonl").write_text('{"prompt": "man: café", "transcript": "café"}')
+    cut = " ".join(["go"] * 20)
+    (tmp_path / "cut.jsonl").write_text(json.dumps({"prompt": f"man: {cut}", "transcript": cut}))
     flags = ["train", "--pipeline", "digits", "--method", "ddpo", "--prompts", "good.jsonl", "--output", "run"]
     for held, rewards, says in (
         ("long.jsonl", ["--reward", "loudness", "--eval-rewards", "digits-ctc"], "takes 53 frames at least, and a sound of 1.02 s has 50"),
         ("long.jsonl", ["--reward", "loudness", "--eval-rewards", "loudness", "--guard", "digits-ctc"], "takes 53 frames at least"),
         ("other.jsonl", ["--reward", "loudness", "--eval-rewards", "loudness"], "cannot be said: its tokenizer lacks 'café'"),
+        ("cut.jsonl", ["--reward", "loudness", "--eval-rewards", "loudness"], "cannot be said: it has 22 tokens, and the model says 16"),
     ):
         outcome = run_cli(*flags, *rewards, "--eval-prompts", held)
         assert outcome.status == 2
