@@ -146,10 +146,10 @@ def check_fit(prompts: Sequence[Prompt], policy: Policy) -> None:
     check_transcripts(prompts, policy)
     if isinstance(policy, SoundPolicy) and policy.modality == "audio":
         for prompt in prompts:
-            apart = isinstance(prompt, SpokenPrompt) and "transcript" in takes(policy)
-            why = policy.unspeakable(prompt.transcript if apart else text_of(prompt))
+            apart = prompt.transcript if isinstance(prompt, SpokenPrompt) and "transcript" in takes(policy) else None
+            why = policy.unspeakable(text_of(prompt) if apart is None else apart)
             if why is not None:
-                what = "transcript of the prompt" if apart else "prompt"
+                what = "prompt" if apart is None else "transcript of the prompt"
                 raise InputError(f"The {what} {caption_of(prompt)} cannot be said: {why}. Write it otherwise.")
 
 
