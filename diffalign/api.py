@@ -15,7 +15,7 @@ from diffalign import registry, tiny
 from diffalign.composing import given_reward, make_reward
 from diffalign.config import Plan, resolve
 from diffalign.console import say
-from diffalign.contract import CheckedReward, short_name
+from diffalign.contract import CheckedReward, judged, short_name
 from diffalign.data import SpokenPrompt, check_fit, check_prompts, read_prompts
 from diffalign.errors import InputError
 from diffalign.guarding import check_guard, guard_outcome, guard_rewards
@@ -23,6 +23,7 @@ from diffalign.inputs import (
     check_judges,
     check_media,
     check_parts,
+    check_read,
     check_reward,
     eval_rewards,
     given_prompts,
@@ -38,7 +39,7 @@ from diffalign.preflight import Finding, preflight
 from diffalign.run import Run
 from diffalign.session import evaluate_into, start
 from diffalign.settings import LIVE
-from diffalign.sound import CLIPPED, read_wav
+from diffalign.sound import CLIPPED, Sound, is_wav, read_wav
 from diffalign.types import Prompts, StatefulReward
 
 
@@ -117,6 +118,7 @@ def evaluate_run(
         before = run.evaluation
     check_fit(texts[:limit], run.policy)
     check_judges(checked, run.policy.modality)
+    check_read(checked, texts[:limit], run.policy)
     kept = {"pairs": before.get("pairs"), "guard": guard_outcome(run)}
     results = evaluate_into(plan, run.policy, checked, texts[:limit], seed, target, target.with_suffix(".png"), **kept)
     say(f"Written: {target} and {target.with_suffix('.png')}")
@@ -167,23 +169,34 @@ def score_files_by_part(
     made, _ = make_reward(reward, fields or {})
     checked = CheckedReward(made, short_name(reward), noted={})
     checked.check_settled("diffalign score is none")
-    checked.open()
-    if prompt is None and transcript is None:
-        say("No --prompt: scored as if the prompt were empty.")
+    if judged(made) is None:
+        checked.open()  # only now it is known what it judges
     if checked.modality == "audio":
         if source is not None:
             raise InputError(f"--image: {reward} judges sound. Drop it.")
-        for file, score in _score_sounds(checked, files, prompt, transcript):
+        sounds = [read_wav(file) for file in files]
+        _open_to_score(checked, prompt, transcript)
+        for file, score in _score_sounds(checked, files, sounds, prompt, transcript):
             yield file, score, _of_parts(checked)
         return
     if transcript is not None:
         raise InputError(f"--transcript: {reward} judges pictures. Drop it.")
+    for file in (*files, *([source] if source else [])):
+        if file.is_file() and is_wav(file.read_bytes()[:12]):
+            raise InputError(f"{file} is a sound, and {reward} judges pictures. Choose another reward: diffalign list rewards.")
     pictures = [read_image(file) for file in files]
     before = None if source is None else read_image(source)[None]
+    _open_to_score(checked, prompt, transcript)
     for file, picture in zip(files, pictures, strict=True):
         with torch.no_grad():
             score = float(checked(picture[None], Prompts((prompt or "",), before)))
         yield file, score, _of_parts(checked)
+
+
+def _open_to_score(reward: CheckedReward, prompt: str | None, transcript: str | None) -> None:
+    reward.open()
+    if prompt is None and transcript is None:
+        say("No --prompt: scored as if the prompt were empty.")
 
 
 def _of_parts(reward: CheckedReward) -> dict[str, float]:
@@ -192,8 +205,9 @@ def _of_parts(reward: CheckedReward) -> dict[str, float]:
     return {name: value for name, value in parts.items() if not math.isnan(value)}
 
 
-def _score_sounds(reward: CheckedReward, files: Sequence[Path], prompt: str | None, transcript: str | None) -> Iterator[tuple[Path, float]]:
-    sounds = [read_wav(file) for file in files]
+def _score_sounds(
+    reward: CheckedReward, files: Sequence[Path], sounds: Sequence[Sound], prompt: str | None, transcript: str | None
+) -> Iterator[tuple[Path, float]]:
     wanted = reward.sample_rate
     others = sorted({sound.sample_rate for sound in sounds} - {wanted}) if wanted is not None else []
     if others:

@@ -29,13 +29,8 @@ def whole(path: Path) -> Iterator[Path]:
     """
     draft, old = path.with_name(f".{path.name}.draft"), path.with_name(f".{path.name}.old")
     _remove(draft)
-    try:
+    with _drafted(draft):
         yield draft
-        for part in (*draft.rglob("*"), draft):
-            _sync(part)
-    except BaseException:
-        _remove(draft)
-        raise
     if path.is_dir():  # a folder that holds something cannot be replaced in one move
         _remove(old)
         path.rename(old)
@@ -60,9 +55,30 @@ def whole_by_one(path: Path) -> Iterator[Path]:
             _remove(draft)
         if not taken or occupied(path):
             raise InputError(f"{path} is being written by another process: wait for it, or choose another --output.")
-        yield from _written(path, draft)
+        for left in draft.iterdir():  # by one that was killed
+            _remove(left)
+        with _drafted(draft):
+            yield draft
+        if occupied(path):
+            kept = Path(tempfile.mkdtemp(prefix=f"{path.name}-", dir=path.parent))
+            draft.replace(kept)
+            raise InputError(f"{path} was written by another process meanwhile and is left alone: the result is in {kept}.")
+        draft.replace(path)
+        _sync(path.parent)
     finally:
         os.close(held)
+
+
+@contextmanager
+def _drafted(draft: Path) -> Iterator[None]:
+    """What the block writes as `draft` is on the disk when it ends, and gone where it fails."""
+    try:
+        yield
+        for part in (*draft.rglob("*"), draft):
+            _sync(part)
+    except BaseException:
+        _remove(draft)
+        raise
 
 
 def _taken(held: int, folder: Path) -> bool:
@@ -74,24 +90,6 @@ def _taken(held: int, folder: Path) -> bool:
         return folder.stat().st_ino == os.fstat(held).st_ino
     except (BlockingIOError, FileNotFoundError):
         return False
-
-
-def _written(path: Path, draft: Path) -> Iterator[Path]:
-    for left in draft.iterdir():  # by one that was killed
-        _remove(left)
-    try:
-        yield draft
-        for part in (*draft.rglob("*"), draft):
-            _sync(part)
-    except BaseException:
-        _remove(draft)
-        raise
-    if occupied(path):
-        kept = Path(tempfile.mkdtemp(prefix=f"{path.name}-", dir=path.parent))
-        draft.replace(kept)
-        raise InputError(f"{path} was written by another process meanwhile and is left alone: the result is in {kept}.")
-    draft.replace(path)
-    _sync(path.parent)
 
 
 def occupied(path: Path) -> bool:

@@ -67,6 +67,11 @@ def as_reward(thing: Any) -> Reward:
                 f"{type(thing).__name__} judges sound, and does not say at which rate: give its class sample_rate = 16000 (Hz "
                 "that it wants), or None where any will do."
             )
+        if {"learn", "state", "restore"} <= {*dir(thing)} and not isinstance(thing, StatefulReward):
+            raise InputError(
+                f"{type(thing).__name__} keeps a state, and does not say whether what it scores moves its scale: give its class "
+                "learns = True, or False where it does not."
+            )
         return thing
     if callable(thing) and not isinstance(thing, type):
         return FunctionReward(thing)
@@ -148,7 +153,7 @@ class CheckedReward:
     @property
     def learns(self) -> bool:
         """Whether its scale moves in a training: scores of two of its steps do not compare."""
-        return getattr(self.reward, "learns", isinstance(self.reward, StatefulReward))
+        return isinstance(self.reward, StatefulReward) and self.reward.learns
 
     def open(self) -> None:
         """Load the weights of a reward that has some; raises InputError for what is wrong with them, before anything expensive is done."""
@@ -183,7 +188,7 @@ class CheckedReward:
         if not scores.isfinite().all():
             bad = [f"{prompts.text[i]!r}: {scores[i].item()}" for i in (~scores.isfinite()).nonzero().flatten().tolist()]
             raise InputError(f"The reward {self.name} returned scores that are no numbers. The samples: {'; '.join(bad[:4])}.")
-        if self.learners is not None and isinstance(self.reward, StatefulReward) and not isinstance(self.reward, ComposedReward):
+        if self.learners is not None and self.learns and not isinstance(self.reward, ComposedReward):
             self.seen.append(everyone(scores.detach(), self.learners, len(scores)))
         self.queries += len(scores)
         return scores

@@ -144,11 +144,13 @@ def check_fit(prompts: Sequence[Prompt], policy: Policy) -> None:
     """Raise InputError for prompts that lack what the policy takes, bring what it does not take, or that it cannot say."""
     check_pictures(prompts, policy)
     check_transcripts(prompts, policy)
-    if isinstance(policy, SoundPolicy) and "transcript" in takes(policy):
+    if isinstance(policy, SoundPolicy) and policy.modality == "audio":
         for prompt in prompts:
-            why = policy.unspeakable(prompt.transcript) if isinstance(prompt, SpokenPrompt) else None
+            apart = prompt.transcript if isinstance(prompt, SpokenPrompt) and "transcript" in takes(policy) else None
+            why = policy.unspeakable(text_of(prompt) if apart is None else apart)
             if why is not None:
-                raise InputError(f"The transcript of the prompt {caption_of(prompt)} cannot be said: {why}. Write it otherwise.")
+                what = "prompt" if apart is None else "transcript of the prompt"
+                raise InputError(f"The {what} {caption_of(prompt)} cannot be said: {why}. Write it otherwise.")
 
 
 def check_transcripts(prompts: Sequence[Prompt], policy: Policy | None) -> list[str]:

@@ -21,6 +21,7 @@ from diffalign.errors import InputError, nearest
 GROUPS = ("method", "reward", "lora", "guard")  # of settings, each with names of its own
 MEANT_EMPTY = ("negative_prompt",)  # another thing than none
 COMPOSE = "compose"  # the reward that several make
+WEIGHTS = "--reward.weights"  # of its parts
 LISTS = (
     *("--eval_rewards", "--guard.rewards", "--log", "--lora.target_modules", "--betas", "--original_size", "--crops_coords_top_left"),
     *("--target_size", "--method.window_range", "--aspects"),
@@ -51,7 +52,7 @@ def normal(arguments: list[str]) -> list[str]:
         if len(names) > 1:
             del waiting[: len(names)]
             normal += [f"{flag}={COMPOSE}", f"--reward.parts={json.dumps(names)}"]
-        elif flag in LISTS or (flag == "--reward.weights" and is_number(value if equals else waiting[0] if waiting else "")):
+        elif flag in LISTS or (flag == WEIGHTS and (_several(normal) or is_number(value if equals else waiting[0] if waiting else ""))):
             words = [value] if equals else []
             while not equals and waiting and not waiting[0].startswith("--"):
                 words.append(waiting.pop(0))
@@ -64,6 +65,11 @@ def normal(arguments: list[str]) -> list[str]:
         else:
             normal.append(flag + equals + value)
     return normal
+
+
+def _several(normal: list[str]) -> bool:
+    """Whether several rewards were named: their weights are a list, whatever stands in it."""
+    return any(word.startswith("--reward.parts=") for word in normal)
 
 
 def is_number(word: str) -> bool:

@@ -24,7 +24,7 @@ from diffalign.data import Prompt
 from diffalign.errors import InputError
 from diffalign.evaluate import kl_to_base, pairwise_distance, sample, score
 from diffalign.flags import COMPOSE, parameters
-from diffalign.inputs import named_rewards
+from diffalign.inputs import check_read, named_rewards
 from diffalign.loop import Row, Training
 from diffalign.processes import one_for_all
 from diffalign.run import Run, json_lines
@@ -86,6 +86,7 @@ def check_guard(rewards: Sequence[CheckedReward], policy: Any, held_out: Sequenc
         check_modality(reward.reward, f"guard: {reward.name}", policy.modality)
     if rewards and not held_out:
         raise InputError("guard: no prompts are held out to watch the rewards on: give --eval-prompts FILE.")
+    check_read(rewards, held_out, policy)
 
 
 def check_resumed(plan: Plan, checkpoint: Mapping[str, Any], steps: int | None) -> None:
@@ -120,6 +121,9 @@ def _damaged(file: Path) -> InputError:
 
 def guard_outcome(run: Run) -> dict[str, Any] | None:
     """What came of a run's guard: see `diffalign.guard.outcome`. None where it has none."""
+    said = run.config.get("guard")
+    if isinstance(said, Mapping) and not said.get("rewards"):
+        return None  # most runs: their whole plan is not made again for that
     guard = run.plan.settings.guard
     return rule.outcome(guard, guard_rows(run.path)) if guard.rewards else None
 

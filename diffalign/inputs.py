@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from diffalign import examples, tiny
@@ -11,12 +12,12 @@ from diffalign.composing import make_reward
 from diffalign.config import Plan
 from diffalign.console import say
 from diffalign.contract import CheckedReward, check_gradient, check_modality, short_name
-from diffalign.data import Prompt, batch_of, hold_out, read_prompts, takes, without_pictures
+from diffalign.data import Prompt, batch_of, check_transcripts, hold_out, read_prompts, takes, without_pictures
 from diffalign.errors import InputError
 from diffalign.examples import ExampleSet
 from diffalign.models import adapter_of, class_of
 from diffalign.settings import Settings
-from diffalign.types import ComposedReward, Modality
+from diffalign.types import ComposedReward, Modality, Policy, ReadingReward, SoundPolicy
 
 Data = tuple[ExampleSet, ExampleSet] | None  # training and held-out examples
 
@@ -158,10 +159,21 @@ def check_parts(plan: Plan, prompts: Sequence[Prompt] | None, held: Sequence[Pro
         plan.reward.reward.check(without_pictures(held or ()))
 
 
+def check_read(rewards: Sequence[CheckedReward], prompts: Sequence[Prompt], policy: Policy) -> None:
+    """Raise InputError for a prompt that one of the rewards, which are open, cannot read: a recogniser does not spell every word."""
+    if not prompts or not isinstance(policy, SoundPolicy) or policy.modality != "audio":
+        return
+    asked = replace(without_pictures(prompts), transcript=tuple(check_transcripts(prompts, policy)) or None)
+    for reward in rewards:
+        if isinstance(reward.reward, ReadingReward):
+            reward.reward.check_prompts(asked, policy.samples / policy.sample_rate)
+
+
 def check_reward(plan: Plan, policy: Any, prompts: list[Prompt]) -> None:
     if plan.reward is None:
         return
     check_parts(plan, prompts)
     check_modality(plan.reward.reward, plan.reward.name, policy.modality)
+    check_read([plan.reward], prompts, policy)
     if plan.method.needs.differentiable_reward:
         check_gradient(plan.reward.reward, plan.reward.name, policy, batch_of(prompts[:2], policy))

@@ -171,10 +171,16 @@ def make_policy(settings: Settings, pipe: Any = None, train: bool = True) -> Any
     except InputError:
         policy.release()
         raise
+    if ours and settings.tiny and settings.pipeline not in registry.MODELS and policy.modality == "audio":
+        policy.unspeakable = _sayable
     parts = sources.pickled(Path(pipe.name_or_path)) if ours and pipe.name_or_path else []
     if parts:
         policy.notes = (*policy.notes, f"The weights of {', '.join(parts)} are .bin files: loaded weights-only, nothing in them was run.")
     return prepare_to_train(policy, settings) if train else policy
+
+
+def _sayable(transcript: str) -> None:
+    """Whatever a tiny twin is to say: its tokenizer is not the model's."""
 
 
 def _own_options(adapter: Any, settings: Settings, name: str) -> dict[str, Any]:

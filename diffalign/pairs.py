@@ -21,6 +21,7 @@ from diffalign.console import console, say, say_notes
 from diffalign.contract import CheckedReward, check_modality
 from diffalign.data import PicturePrompt, Prompt, SpokenPrompt, batch_of, check_fit, check_prompts, known_as, rate_of, read_prompts, text_of
 from diffalign.errors import InputError
+from diffalign.inputs import check_read
 from diffalign.making import OF_THE_MACHINE, Making, build_parser, is_run, settings_of, settle
 from diffalign.models import class_of, make_policy, modality_of
 from diffalign.ranks import Drawn, Outcome, Ranked, claim, count, ledger, rewrite, write
@@ -130,6 +131,7 @@ def _policy(making: Making, reward: CheckedReward, prompts: Sequence[Prompt], li
         say_notes(policy)
         check_modality(reward.reward, reward.name, policy.modality)
         check_fit(prompts, policy)
+        check_read([reward], prompts, policy)
         yield policy
     finally:
         if live is not None:

@@ -201,11 +201,15 @@ TABLES: dict[Kind, dict[str, Entry]] = {"methods": METHODS, "rewards": REWARDS, 
 
 def table(kind: Kind) -> dict[str, Entry]:
     """The built-in rows and those of installed packages (entry points `diffalign.methods`, `.rewards`, `.pipelines`)."""
-    others = {
+    return {**_of_packages(kind), **TABLES[kind]}
+
+
+@functools.cache  # reads a file of every package that is installed, and a command asks some thirty times
+def _of_packages(kind: Kind) -> dict[str, Entry]:
+    return {
         point.name: Entry(point.value, f"From {point.dist.name if point.dist else 'an installed package'}.")
         for point in entry_points(group=f"diffalign.{kind}")
     }
-    return {**others, **TABLES[kind]}
 
 
 def locate(source: str) -> Path | None:

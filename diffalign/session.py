@@ -29,6 +29,7 @@ from diffalign.inputs import (
     check_judges,
     check_media,
     check_parts,
+    check_read,
     check_reward,
     eval_rewards,
     given_prompts,
@@ -87,6 +88,7 @@ def start(
         check_fit([*train_prompts, *held_out], policy)
         check_reward(plan, policy, train_prompts)
         check_guard(guards, policy, held_out)
+        check_read(rewards, held_out[: settings.eval_size], policy)
         check_parts(plan, None, held_out)
         for steps in {plan.sample_steps, vars(plan.method).get("inference_steps", plan.sample_steps)}:
             policy.path.schedule(steps)

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from diffalign.errors import InputError
 
 FULL = 32768  # the steps of 16 bits on each side of zero
+RATES = (1000, 1_000_000)  # Hz, of which any recording is: what says another is damaged
+MOST_PHASES = 20_000_000  # numbers of a resampling's filters: 160 MB
 CLIPPED = 0.001  # share of samples at full scale from which on a sound is called clipped
 MEND = "ffmpeg -i IN.wav -ac 1 -c:a pcm_s16le OUT.wav"
 
@@ -87,9 +89,11 @@ def decode_wav(data: bytes, name: str) -> Sound:
         raise InputError(f"{name} has {channels} channels, and sounds here have one. Mix them: {MEND}")
     if not frames:
         raise InputError(f"{name} is empty: it holds no samples.")
-    if rate < 1:
-        raise InputError(f"{name} is damaged: its sample rate is {rate}.")
+    if not RATES[0] <= rate <= RATES[1]:
+        raise InputError(f"{name} is damaged: its sample rate is {rate} Hz. Fetch or make it again.")
     waveform = _numbers(kind, bits, frames, name)
+    if not len(waveform):
+        raise InputError(f"{name} is empty: it holds no whole sample.")
     if not np.isfinite(waveform).all():
         raise InputError(f"{name} holds NaN or infinity: it is no sound. Make it again.")
     if np.abs(waveform).max() > 1:
@@ -159,12 +163,17 @@ def resample(waveform: Tensor, old: int, new: int, width: int = 16, rolloff: flo
     """(B, samples) at `old` Hz to (B, ceil(samples new / old)) at `new` Hz, differentiable: band-limited by a windowed sinc.
 
     `width` zero crossings on each side; frequencies from `rolloff` of the lower Nyquist rate on fade out (J. O. Smith, "Digital Audio
-    Resampling").
+    Resampling"). Raises InputError for two rates of which the filters would not fit into memory.
     """
     if old == new:
         return waveform
     common = math.gcd(old, new)
     first, second = old // common, new // common
+    if first * second > MOST_PHASES:
+        raise InputError(
+            f"Sounds at {old} Hz are not brought to {new} Hz here, since the two have no large common factor. Convert them first: "
+            f"ffmpeg -i IN.wav -ar {new} OUT.wav"
+        )
     kernel, half = _kernel(first, second, width, rolloff)
     length = math.ceil(waveform.shape[-1] * second / first)
     padded = F.pad(waveform[:, None], (half, half + first))

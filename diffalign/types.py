@@ -332,7 +332,8 @@ class PicturePolicy(Policy, Protocol):
 class SoundPolicy(Policy, Protocol):
     """A policy of sounds of `samples` samples at `sample_rate` Hz, whose prompts come with what it takes: nothing, or a transcript.
 
-    `media` are float (B, samples) in [-1, 1]. `unspeakable` says why a transcript cannot be said, None where it can.
+    `media` are float (B, samples) in [-1, 1]. `unspeakable` says why a transcript cannot be said, of a policy that takes none a text;
+    None where it can, and where texts are not said.
     """
 
     sample_rate: int
@@ -391,14 +392,25 @@ class LearnedReward(Reward, Protocol):
 
 
 @runtime_checkable
+class ReadingReward(Reward, Protocol):
+    """A reward that cannot judge every prompt: `check_prompts` raises InputError for one that it cannot, of sounds of so many seconds, once
+    it is open."""
+
+    def check_prompts(self, prompts: Prompts, seconds: float) -> None: ...
+
+
+@runtime_checkable
 class StatefulReward(Reward, Protocol):
     """A reward that changes with what it has scored in a training. A call changes nothing, so an evaluation is of one state: `learn` does.
 
     After each round of the training it is handed the scores (N,) of that round, of all processes in a single process's order, and so is
-    the same in each; a ComposedReward the raw scores (N, parts), NaN where a part was not asked. `state` is what a checkpoint holds:
+    the same in each; a ComposedReward the raw scores (N, parts), NaN where a part was not asked. `learns` says whether they move its
+    scale: scores of two of a training's steps do not compare then, and where not it is handed none. `state` is what a checkpoint holds:
     tensors, numbers, strings, and lists and dicts of those; `restore` goes back to it.
     """
 
+    @property
+    def learns(self) -> bool: ...
     def learn(self, scores: Tensor) -> None: ...
     def state(self) -> dict[str, Any]: ...
     def restore(self, state: Mapping[str, Any]) -> None: ...
@@ -408,9 +420,10 @@ class StatefulReward(Reward, Protocol):
 class ComposedReward(Reward, Protocol):
     """A reward of several parts: `total(measure(media, prompts))` is its call; `measure` gives each part's raw scores, (B,), by name.
 
-    `learns` says whether it has a state at all, `waits` that statistics are lacking before `total` can be; `presume` takes the first raw
-    scores (N, parts) for them. `check` raises InputError for a prompt that no part is for, and of a training's `whole` prompts for a part
-    that is for none; `still` are the parts without a gradient, `weighted` the rewards whose weight is not 0.
+    `learns` says whether a part of it does, or a running statistic moves, `waits` that statistics are lacking before `total` can be;
+    `presume` takes the first raw scores (N, parts) for them. `check` raises InputError for a prompt that no part is for, and of a
+    training's `whole` prompts for a part that is for none; `still` are the parts without a gradient, `weighted` the rewards whose weight
+    is not 0.
     """
 
     @property

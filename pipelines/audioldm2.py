@@ -8,133 +8,77 @@ from __future__ import annotations
 import importlib.util
 import math
 import unicodedata
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffalign.cache import TextCache
 from diffalign.errors import InputError
 from diffalign.noise import path_of
-from diffalign.pipelines.common import PRECISIONS, dtypes_of, freeze, vae_dtype
-from diffalign.pipelines.latent import NULL, LatentPolicy, Named
-from diffalign.pipelines.sound import check_given, check_parts, check_said, check_tokens
+from diffalign.pipelines.common import sampled_with
+from diffalign.pipelines.latent import Named
+from diffalign.pipelines.sound import SoundFamily, Voice, check_said, check_tokens
 from diffalign.pipelines.tiny_sound import audioldm2
-from diffalign.pipelines.unet import ATTENTION
 from diffalign.sound import LogMel, fit
-from diffalign.types import Modality, Prompts
+from diffalign.types import Prompts
 
-NAMES = ("encoder_hidden_states", "encoder_hidden_states_1", "encoder_attention_mask_1")  # as the UNet has them; GPT-2's come first
-ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "projection_model": "tokenizer", "language_model": "tokenizer_2"}
 TOKENS = 128  # of T5, as the authors train with
 
 
-@dataclass(frozen=True)
-class AudioLDM2Family:
-    """Pipelines of AudioLDM 2; `of` makes a policy of a live one. `tiny` makes such a pipeline with random weights, for dry runs."""
+def _voice(pipe: Any, seconds: float | None, tokens: int | None, negative_prompt: str | None) -> Voice:
+    """By default sounds of the model's own length (10.24 s). Of T5's tokens so many are kept, of VITS' as many as it has."""
+    speech = pipe.text_encoder_2.config.model_type == "vits"
+    _check(pipe, speech)
+    frames, samples = _length(pipe, seconds)
+    config, factor = pipe.vocoder.config, pipe.vae_scale_factor
+    mel = LogMel.of(config.sampling_rate, math.prod(config.upsample_rates), config.model_in_dim)
 
-    modality: Modality = "audio"
-    tiny: Callable[[], Any] | None = None
+    def keys(prompts: Prompts) -> list[str]:
+        if speech and prompts.transcript is None:
+            raise InputError("This pipeline says transcripts, and the prompts have none.")
+        check_said(prompts, speech)
+        said = prompts.transcript or [""] * len(prompts)
+        return [f"{text}\0{words}\0{negative_prompt or ''}" for text, words in zip(prompts.text, said, strict=True)]
 
-    def of(
-        self,
-        pipe: Any,
-        *,
-        guidance_scale: float = 3.5,
-        negative_prompt: str | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        audio_seconds: float | None = None,
-        max_sequence_length: int | None = None,
-        precision: str = "fp32",
-        vae_precision: str = "fp32",
-        device: str | torch.device = "cpu",
-    ) -> LatentPolicy:
-        """Wrap a live pipeline: moves it to `device`, its UNet and text encoders to `precision`, VAE and vocoder to `vae_precision`.
+    def network(x_t: Tensor, t: Tensor, tensors: Named) -> Tensor:
+        return pipe.unet(x_t, t, **tensors, return_dict=False)[0]
 
-        Sounds of `audio_seconds`, by default the model's own length (10.24 s). A prompt is encoded alone, as the pipeline's call encodes
-        it, and kept with `max_sequence_length` tokens of T5. Raises InputError for what this pipeline does not take.
-        """
-        check_given(pipe, height, width, audio_seconds)
-        check_parts(pipe, "unet", "vae", "vocoder", *ENCODERS, "tokenizer", "tokenizer_2")
-        speech = pipe.text_encoder_2.config.model_type == "vits"
-        _check(pipe, speech)
-        frames, samples = _length(pipe, audio_seconds)
-        tokens = int(pipe.tokenizer_2.model_max_length) if speech else max_sequence_length or TOKENS
-        dtype, came, coder = PRECISIONS[precision], dtypes_of(pipe), vae_dtype(pipe.vae, vae_precision)
-        for name, kind in {"vae": coder, "vocoder": coder, "unet": dtype, **dict.fromkeys(ENCODERS, dtype)}.items():
-            freeze(getattr(pipe, name), device, kind)
-        config, factor = pipe.vocoder.config, pipe.vae_scale_factor
-        mel = LogMel.of(config.sampling_rate, math.prod(config.upsample_rates), config.model_in_dim)
-        guided, negative = guidance_scale > 1, negative_prompt or ""
+    def embed(pipe: Any, waveforms: Tensor) -> Tensor:
+        """Through the vocoder's own kind of mel spectrogram: the mode of the VAE's posterior, scaled."""
+        spectrogram = mel(fit(waveforms, frames * mel.hop))[:, None]
+        return pipe.vae.encode(spectrogram.to(pipe.vae.dtype)).latent_dist.mode().float() * pipe.vae.config.scaling_factor
 
-        @torch.no_grad()
-        def encode(keys: list[str]) -> list[Tensor]:
-            known = {key: _encode(pipe, key, tokens, speech, guided, device) for key in dict.fromkeys(keys)}
-            return [torch.stack([known[key][i] for key in keys]).float() for i in range(len(names))]
+    def decode(pipe: Any, x_0: Tensor) -> Tensor:
+        spectrogram = pipe.vae.decode((x_0 / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)).sample
+        return pipe.vocoder(spectrogram.squeeze(1).to(pipe.vocoder.dtype)).float()[:, :samples].clamp(-1, 1)
 
-        def keys(prompts: Prompts) -> Sequence[str]:
-            if speech and prompts.transcript is None:
-                raise InputError("This pipeline says transcripts, and the prompts have none.")
-            check_said(prompts, speech)
-            said = prompts.transcript or [""] * len(prompts)
-            return [f"{text}\0{words}\0{negative}" for text, words in zip(prompts.text, said, strict=True)]
-
-        def network(x_t: Tensor, t: Tensor, tensors: Named) -> Tensor:
-            return pipe.unet(x_t, t, **tensors, return_dict=False)[0]
-
-        def embed(pipe: Any, waveforms: Tensor) -> Tensor:
-            """Through the vocoder's own kind of mel spectrogram: the mode of the VAE's posterior, scaled."""
-            spectrogram = mel(fit(waveforms, frames * mel.hop))[:, None]
-            return pipe.vae.encode(spectrogram.to(pipe.vae.dtype)).latent_dist.mode().float() * pipe.vae.config.scaling_factor
-
-        def decode(pipe: Any, x_0: Tensor) -> Tensor:
-            spectrogram = pipe.vae.decode((x_0 / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)).sample
-            return pipe.vocoder(spectrogram.squeeze(1).to(pipe.vocoder.dtype)).float()[:, :samples].clamp(-1, 1)
-
-        names = (*NAMES, *(NULL + name for name in NAMES)) if guided else NAMES
-        scheduler = type(pipe.scheduler).__name__
-        twin = f"Sampled with DDIM in the place of the pipeline's {scheduler}, on its betas, spacing and prediction type."
-        return LatentPolicy(
-            pipe=pipe,
-            component="unet",
-            lora_targets=list(ATTENTION),
-            network=network,
-            path=path_of(pipe.scheduler),
-            texts=TextCache(encode, device, names, capacity=256),
-            encoders=ENCODERS,
-            takes=("transcript",) if speech else (),
-            keys=keys,
-            unspeakable=lambda transcript: _unspeakable(pipe.tokenizer_2, transcript),
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            tokens=tokens,
-            modality="audio",
-            sample_rate=config.sampling_rate,
-            samples=samples,
-            latent=(pipe.unet.config.in_channels, frames // factor, config.model_in_dim // factor),
-            decoder=decode,
-            embedder=embed,
-            coders=("vae", "vocoder"),
-            coding=(mel,),
-            dtype=dtype,
-            came=came,
-            notes=(twin,) if scheduler != "DDIMScheduler" else (),
-        )
+    return Voice(
+        path=path_of(pipe.scheduler),
+        network=network,
+        keys=keys,
+        tokens=int(pipe.tokenizer_2.model_max_length) if speech else tokens or TOKENS,
+        sample_rate=config.sampling_rate,
+        samples=samples,
+        latent=(pipe.unet.config.in_channels, frames // factor, config.model_in_dim // factor),
+        decoder=decode,
+        embedder=embed,
+        coding=(mel,),
+        takes=("transcript",) if speech else (),
+        unspeakable=lambda said: _unspeakable(pipe.tokenizer_2, said) if speech else None,
+        notes=sampled_with(pipe),
+    )
 
 
-def _encode(pipe: Any, key: str, tokens: int, speech: bool, guided: bool, device: str | torch.device) -> list[Tensor]:
-    """What the network is conditioned on for one prompt, text, transcript and negative prompt: `NAMES`, and with guidance the same of the
+def _encode(pipe: Any, key: str, tokens: int, guided: bool, device: str | torch.device) -> list[Tensor]:
+    """What the network is conditioned on for one prompt, text, transcript and negative prompt, and with guidance the same of the
     unconditional branch. An empty prompt is the unconditional branch itself, as training with dropped text wants it.
 
     Alone, not in a batch: the pipeline pads T5 to its longest prompt, and GPT-2's positions count that.
     """
     text, _, rest = key.partition("\0")
     transcript, _, negative = rest.partition("\0")
-    empty = not text and not transcript
+    speech, empty = pipe.text_encoder_2.config.model_type == "vits", not text and not transcript
     said = {"transcription": [transcript]} if speech else {}
     hidden, mask, generated = pipe.encode_prompt([text], device, 1, guided or empty, negative_prompt=[negative], **said)
     if not speech:
@@ -186,4 +130,17 @@ def _between_words(c: str) -> bool:
     return c.isspace() or unicodedata.category(c).startswith("P")
 
 
-AudioLDM2 = AudioLDM2Family(tiny=audioldm2)
+AudioLDM2 = SoundFamily(
+    component="unet",
+    encoders={
+        "text_encoder": "tokenizer",
+        "text_encoder_2": "tokenizer_2",
+        "projection_model": "tokenizer",
+        "language_model": "tokenizer_2",
+    },
+    names=("encoder_hidden_states", "encoder_hidden_states_1", "encoder_attention_mask_1"),  # as the UNet has them; GPT-2's come first
+    voice=_voice,
+    encode=_encode,
+    coders=("vae", "vocoder"),
+    tiny=audioldm2,
+)

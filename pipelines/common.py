@@ -90,9 +90,19 @@ def visiting(modules: Sequence[Any], device: torch.device, home: torch.device | 
             module.to(home)
 
 
-def dtypes_of(pipe: Any) -> dict[str, torch.dtype]:
-    """The dtype of each component with weights."""
-    return {name: cast(Any, module).dtype for name, module in pipe.components.items() if isinstance(module, nn.Module)}
+def place(pipe: Any, device: str | torch.device, kinds: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
+    """Freeze those components on `device`, each in its dtype; the dtype in which each component with weights came."""
+    came = {name: cast(Any, module).dtype for name, module in pipe.components.items() if isinstance(module, nn.Module)}
+    for name, kind in kinds.items():
+        freeze(getattr(pipe, name), device, kind)
+    return came
+
+
+def check_parts(pipe: Any, *parts: str) -> None:
+    """Raise InputError for a pipeline that lacks one."""
+    for part in parts:
+        if getattr(pipe, part) is None:
+            raise InputError(f"This {type(pipe).__name__} has no {part}: load it whole.")
 
 
 def frozen_copy(module: Any) -> Any:
@@ -165,6 +175,13 @@ def own_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int
 def check_size(height: int, width: int, multiple: int) -> None:
     if height < multiple or width < multiple or height % multiple or width % multiple:
         raise InputError(f"A picture of {height} x {width} does not fit this model: give multiples of {multiple}.")
+
+
+def sampled_with(pipe: Any) -> tuple[str, ...]:
+    """A line for the person where a diffusion pipeline's own scheduler is another than the one that it is sampled with here."""
+    name = type(pipe.scheduler).__name__
+    twin = f"Sampled with DDIM in the place of the pipeline's {name}, on its betas, spacing and prediction type."
+    return () if name == "DDIMScheduler" else (twin,)
 
 
 def notes_of(pipe: Any, vae_precision: str) -> tuple[str, ...]:

@@ -2,119 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffalign.cache import TextCache
 from diffalign.errors import InputError
 from diffalign.noise import RectifiedFlow, path_of
-from diffalign.pipelines.common import PRECISIONS, dtypes_of, freeze
-from diffalign.pipelines.latent import NULL, LatentPolicy, Named
-from diffalign.pipelines.sound import check_given, check_parts, check_said, check_tokens
+from diffalign.pipelines.latent import Named
+from diffalign.pipelines.sound import SoundFamily, Voice, check_said, check_tokens
 from diffalign.pipelines.tiny_sound import longcat_audio
-from diffalign.pipelines.unet import ATTENTION
 from diffalign.sound import fit
-from diffalign.types import Modality, Prompts
+from diffalign.types import Prompts
 
-NAMES = ("encoder_hidden_states", "lengths")
 TOKENS, SECONDS = 256, 5.0
 
 
-@dataclass(frozen=True)
-class LongCatAudioFamily:
-    """Pipelines of LongCat-AudioDiT; `of` makes a policy of a live one. `tiny` makes one with random weights, for dry runs."""
-
-    modality: Modality = "audio"
-    tiny: Callable[[], Any] | None = None
-
-    def of(
-        self,
-        pipe: Any,
-        *,
-        guidance_scale: float = 4.0,
-        negative_prompt: str | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        audio_seconds: float | None = None,
-        max_sequence_length: int | None = None,
-        precision: str = "fp32",
-        vae_precision: str = "fp32",
-        device: str | torch.device = "cpu",
-    ) -> LatentPolicy:
-        """Wrap a live pipeline: moves it to `device`, its transformer and text encoder to `precision`, its VAE to `vae_precision`.
-
-        Latents are (B, frames, channels), one length for all prompts: `audio_seconds`, by default 5. Without a `negative_prompt` the
-        unconditional branch is zeros of the prompt's length, as in the pipeline. Raises InputError for what this pipeline does not take.
-        """
-        check_given(pipe, height, width, audio_seconds)
-        check_parts(pipe, "transformer", "vae", "text_encoder", "tokenizer")
-        channels, vae = pipe.latent_dim, pipe.vae.config
-        if vae.latent_dim != channels:
-            raise InputError(
-                f"The transformer has latents of {channels} channels, and the VAE of {vae.latent_dim}: load one checkpoint's parts."
-            )
-        seconds = SECONDS if audio_seconds is None else audio_seconds
-        frames = int(seconds * pipe.sample_rate // pipe.vae_scale_factor)
-        most = int(pipe.max_wav_duration * pipe.sample_rate // pipe.vae_scale_factor)
-        if not 1 <= frames <= most:
-            each = pipe.vae_scale_factor / pipe.sample_rate
-            raise InputError(f"audio_seconds is {seconds:g}: this model makes sounds of {each:.3g} to {pipe.max_wav_duration:g} s.")
-        path, tokens = _path(pipe.scheduler), max_sequence_length or TOKENS
-        dtype, came, coder = PRECISIONS[precision], dtypes_of(pipe), PRECISIONS[vae_precision]
-        for name, kind in {"vae": coder, "transformer": dtype, "text_encoder": dtype}.items():
-            freeze(getattr(pipe, name), device, kind)
-        inverted, guided, samples = pipe.scheduler.config.invert_sigmas, guidance_scale > 1, frames * pipe.vae_scale_factor
-        names = (*NAMES, *(NULL + name for name in NAMES)) if guided else NAMES
-        mark = "" if negative_prompt is None else f"\0{negative_prompt}"
-
-        @torch.no_grad()
-        def encode(keys: list[str]) -> list[Tensor]:
-            known = {key: _encode(pipe, key, tokens, guided, device) for key in dict.fromkeys(keys)}
-            return [torch.stack([known[key][i] for key in keys]).float() for i in range(len(names))]
-
-        def keys(prompts: Prompts) -> list[str]:
-            check_said(prompts, False)
-            return [text + mark for text in prompts.text]
-
-        def embed(pipe: Any, waveforms: Tensor) -> Tensor:
-            found = pipe.vae.encode(fit(waveforms, samples)[:, None], sample_posterior=False).latents
-            return found.permute(0, 2, 1).float()
-
-        def decode(pipe: Any, x_0: Tensor) -> Tensor:
-            return pipe.vae.decode(x_0.permute(0, 2, 1)).sample.float()[:, 0].clamp(-1, 1)
-
-        length = (
-            f"Every sound has {samples / pipe.sample_rate:.3g} s; in the pipeline's own call as many as the text takes: --audio-seconds."
+def _voice(pipe: Any, seconds: float | None, tokens: int | None, negative_prompt: str | None) -> Voice:
+    """Latents are (B, frames, channels), by default of 5 s. Without a `negative_prompt` the unconditional branch is zeros of the prompt's
+    length, as in the pipeline."""
+    channels, vae = pipe.latent_dim, pipe.vae.config
+    if vae.latent_dim != channels:
+        raise InputError(
+            f"The transformer has latents of {channels} channels, and the VAE of {vae.latent_dim}: load one checkpoint's parts."
         )
-        return LatentPolicy(
-            pipe=pipe,
-            component="transformer",
-            lora_targets=list(ATTENTION),
-            network=lambda x_t, t, tensors: _velocity(pipe, x_t, t, tensors, inverted),
-            path=path,
-            texts=TextCache(encode, device, names, capacity=256),
-            encoders={"text_encoder": "tokenizer"},
-            keys=keys,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            tokens=tokens,
-            modality="audio",
-            sample_rate=pipe.sample_rate,
-            samples=samples,
-            latent=(frames, channels),
-            decoder=decode,
-            embedder=embed,
-            coding=(vae.scale,),
-            uneven=True,
-            dtype=dtype,
-            came=came,
-            notes=(length,) if audio_seconds is None else (),
-        )
+    asked = SECONDS if seconds is None else seconds
+    frames = int(asked * pipe.sample_rate // pipe.vae_scale_factor)
+    most = int(pipe.max_wav_duration * pipe.sample_rate // pipe.vae_scale_factor)
+    if not 1 <= frames <= most:
+        each = pipe.vae_scale_factor / pipe.sample_rate
+        raise InputError(f"audio_seconds is {asked:g}: this model makes sounds of {each:.3g} to {pipe.max_wav_duration:g} s.")
+    samples, mark = frames * pipe.vae_scale_factor, "" if negative_prompt is None else f"\0{negative_prompt}"
+
+    def keys(prompts: Prompts) -> list[str]:
+        check_said(prompts, False)
+        return [text + mark for text in prompts.text]
+
+    def embed(pipe: Any, waveforms: Tensor) -> Tensor:
+        found = pipe.vae.encode(fit(waveforms, samples)[:, None], sample_posterior=False).latents
+        return found.permute(0, 2, 1).float()
+
+    def decode(pipe: Any, x_0: Tensor) -> Tensor:
+        return pipe.vae.decode(x_0.permute(0, 2, 1)).sample.float()[:, 0].clamp(-1, 1)
+
+    length = f"Every sound has {samples / pipe.sample_rate:.3g} s; in the pipeline's own call as many as the text takes: --audio-seconds."
+    return Voice(
+        path=_path(pipe.scheduler),
+        network=partial(_velocity, pipe, pipe.scheduler.config.invert_sigmas),
+        keys=keys,
+        tokens=tokens or TOKENS,
+        sample_rate=pipe.sample_rate,
+        samples=samples,
+        latent=(frames, channels),
+        decoder=decode,
+        embedder=embed,
+        coding=(vae.scale,),
+        unspeakable=lambda said: _unspeakable(pipe.tokenizer, said),
+        uneven=True,
+        notes=(length,) if seconds is None else (),
+    )
 
 
 def _encode(pipe: Any, key: str, tokens: int, guided: bool, device: str | torch.device) -> list[Tensor]:
@@ -129,11 +77,34 @@ def _encode(pipe: Any, key: str, tokens: int, guided: bool, device: str | torch.
     found = list[Tensor]()
     for words_, whose in ((words, text), (unsaid, negative))[: 1 + guided]:
         check_tokens(whose, len(words_), tokens)
-        found += [F.pad(words_, (0, 0, 0, tokens - len(words_))), torch.tensor(len(words_), device=device)]
+        found += [F.pad(words_, (0, 0, 0, tokens - len(words_))), torch.tensor(len(words_))]
     return found
 
 
-def _velocity(pipe: Any, x_t: Tensor, t: Tensor, tensors: Named, inverted: bool) -> Tensor:
+def _unspeakable(tokenizer: Any, said: str) -> str | None:
+    """Why a text would not be said as it stands: words that its tokenizer lacks, or more tokens than the pipeline's call reads. Punctuation
+    that is lacking changes no word."""
+    from diffusers.pipelines.longcat_audio_dit.pipeline_longcat_audio_dit import _normalize_text
+
+    unknown = tokenizer.unk_token_id
+
+    def ids(text: str) -> set[int]:
+        return {*tokenizer(text).input_ids}
+
+    def lacks(word: str) -> bool:
+        whole, bare = ids(word), ids("".join(filter(str.isalnum, word)))
+        return unknown in whole and (unknown in bare or not bare <= whole)
+
+    plain = _normalize_text(said)
+    found, most = tokenizer(plain).input_ids, tokenizer.model_max_length
+    most = most if 0 < most <= 32768 else 512  # as the call has it
+    lacking = [word for word in dict.fromkeys(plain.split()) if lacks(word)] if unknown in found else []
+    if lacking:
+        return f"its tokenizer lacks {', '.join(map(repr, lacking))}"
+    return f"it has {len(found)} tokens, and the model says {most} at most" if len(found) > most else None
+
+
+def _velocity(pipe: Any, inverted: bool, x_t: Tensor, t: Tensor, tensors: Named) -> Tensor:
     """Rows of one length of text go through together, without padding: the network's text layers would mix it into the text.
 
     With `inverted` sigmas its time runs from noise to data, and so does its velocity.
@@ -173,4 +144,12 @@ def _path(scheduler: Any) -> RectifiedFlow:
     return RectifiedFlow(path.scheduler, spacing="linear")
 
 
-LongCatAudio = LongCatAudioFamily(tiny=longcat_audio)
+LongCatAudio = SoundFamily(
+    component="transformer",
+    encoders={"text_encoder": "tokenizer"},
+    names=("encoder_hidden_states", "lengths"),
+    counts=("lengths",),
+    voice=_voice,
+    encode=_encode,
+    tiny=longcat_audio,
+)

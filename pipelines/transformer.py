@@ -12,7 +12,7 @@ from torch import Tensor
 from diffalign.cache import TextCache
 from diffalign.errors import InputError
 from diffalign.noise import RectifiedFlow, path_of
-from diffalign.pipelines.common import PRECISIONS, check_size, dtypes_of, freeze, notes_of, vae_dtype
+from diffalign.pipelines.common import PRECISIONS, check_parts, check_size, notes_of, place, vae_dtype
 from diffalign.pipelines.latent import LatentPolicy, Named
 from diffalign.types import Modality
 
@@ -76,9 +76,7 @@ class TransformerFamily:
         """
         if true_cfg_scale != 1 and not self.distilled:
             raise InputError(f"true_cfg_scale is for FLUX: of a {type(pipe).__name__} guidance_scale is the true guidance.")
-        for name in ("transformer", "vae", *self.encoders):
-            if getattr(pipe, name) is None and name not in self.spare:
-                raise InputError(f"This {type(pipe).__name__} has no {name}: load it whole.")
+        check_parts(pipe, "transformer", "vae", *(name for name in self.encoders if name not in self.spare))
         tokens = self.tokens if max_sequence_length is None else max_sequence_length
         if not 1 <= tokens <= 512:
             raise InputError(f"max_sequence_length is {tokens}: give 1 to 512.")
@@ -88,10 +86,8 @@ class TransformerFamily:
         self.check(pipe, height, width)
         path = replace(flow_of(pipe, (height // multiple) * (width // multiple)), spacing=self.spacing)
         encoders = [name for name in self.encoders if getattr(pipe, name) is not None]
-        dtype, came = PRECISIONS[precision], dtypes_of(pipe)
-        kinds = {"vae": vae_dtype(pipe.vae, vae_precision), "transformer": dtype, **dict.fromkeys(encoders, dtype)}
-        for name, kind in kinds.items():
-            freeze(getattr(pipe, name), device, kind)
+        dtype = PRECISIONS[precision]
+        came = place(pipe, device, {"vae": vae_dtype(pipe.vae, vae_precision), **dict.fromkeys(("transformer", *encoders), dtype)})
 
         @torch.no_grad()
         def encode(texts: list[str]) -> list[Tensor]:

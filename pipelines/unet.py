@@ -12,7 +12,7 @@ from torch import Tensor
 from diffalign.cache import TextCache
 from diffalign.errors import InputError
 from diffalign.noise import path_of
-from diffalign.pipelines.common import PRECISIONS, TextEncoding, dtypes_of, freeze, notes_of, own_size, vae_dtype
+from diffalign.pipelines.common import PRECISIONS, TextEncoding, check_parts, notes_of, own_size, place, sampled_with, vae_dtype
 from diffalign.pipelines.latent import LatentPolicy, Named, classifier_free, without_and_with
 from diffalign.types import Condition, Modality, PromptField, Prompts
 
@@ -73,10 +73,8 @@ class UNetFamily:
         height, width = own_size(pipe, height, width)
         told = {"original_size": original_size, "crops_coords_top_left": crops_coords_top_left, "target_size": target_size}
         sizes = self._sizes(pipe, height, width, told)
-        dtype, came = PRECISIONS[precision], dtypes_of(pipe)
-        kinds = {"vae": vae_dtype(pipe.vae, vae_precision), "unet": dtype, **dict.fromkeys(self.texts.encoders, dtype)}
-        for name, kind in kinds.items():
-            freeze(getattr(pipe, name), device, kind)
+        dtype = PRECISIONS[precision]
+        came = place(pipe, device, {"vae": vae_dtype(pipe.vae, vae_precision), **dict.fromkeys(("unet", *self.texts.encoders), dtype)})
 
         @torch.no_grad()
         def encode(texts: list[str]) -> list[Tensor]:
@@ -92,8 +90,6 @@ class UNetFamily:
             added = None if sizes is None else {name: tensors[name] for name in ("text_embeds", "time_ids")}
             return pipe.unet(x, t, encoder_hidden_states=tensors["encoder_hidden_states"], added_cond_kwargs=added, return_dict=False)[0]
 
-        scheduler = type(pipe.scheduler).__name__
-        twin = f"Sampled with DDIM in the place of the pipeline's {scheduler}, on its betas, spacing and prediction type."
         return LatentPolicy(
             pipe=pipe,
             component="unet",
@@ -114,15 +110,13 @@ class UNetFamily:
             width=width,
             dtype=dtype,
             came=came,
-            notes=(*([twin] if scheduler != "DDIMScheduler" else []), *notes_of(pipe, vae_precision)),
+            notes=(*sampled_with(pipe), *notes_of(pipe, vae_precision)),
         )
 
     def _check(self, pipe: Any) -> None:
         """Raise InputError for a pipeline that lacks a part, or whose network wants more than this family gives it."""
         name = type(pipe).__name__
-        for part in ("unet", "vae", *self.texts.encoders, *self.texts.encoders.values()):
-            if getattr(pipe, part) is None:
-                raise InputError(f"This {name} has no {part}: load it whole.")
+        check_parts(pipe, "unet", "vae", *self.texts.encoders, *self.texts.encoders.values())
         if "mask" in self.takes and type(pipe.vae).__name__ == "AsymmetricAutoencoderKL":
             raise InputError(
                 "An AsymmetricAutoencoderKL decodes with the picture at hand: not supported. Give the pipeline an AutoencoderKL."

@@ -73,6 +73,10 @@ class SISDR:
         check_sounds(media, prompts)
         return si_sdr(media, beside(media, prompts, self.recordings, self.sample_rate)).float().clamp(*self.range)
 
+    def check_prompts(self, prompts: Prompts, seconds: float) -> None:
+        """Raise InputError for a prompt without a recording that can be used."""
+        self.recordings.check_for(prompts)
+
     @cached_property
     def recordings(self) -> Recordings:
         """What sounds are compared with."""
@@ -133,6 +137,10 @@ class Compared:
                 f"{self.measure} cannot be measured for '{text}' ({type(error).__name__}: {' '.join(str(error).split())}). It takes a "
                 "recording with half a second of speech, and a sound in which there is some."
             ) from error
+
+    def check_prompts(self, prompts: Prompts, seconds: float) -> None:
+        """Raise InputError for a prompt without a recording that can be used."""
+        self.recordings.check_for(prompts)
 
     @cached_property
     def recordings(self) -> Recordings:

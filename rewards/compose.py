@@ -13,7 +13,7 @@ from torch import Tensor
 from diffalign.contract import CheckedReward, judged
 from diffalign.errors import InputError
 from diffalign.parts import Moments, Part
-from diffalign.types import LearnedReward, Modality, Prompts, Reward, SoundReward, StatefulReward
+from diffalign.types import LearnedReward, Modality, Prompts, ReadingReward, Reward, SoundReward, StatefulReward
 
 Combine = Literal["sum", "min", "product"]
 NEUTRAL = {"sum": 0.0, "min": float("inf"), "product": 1.0}  # what a part is to a prompt that it is not for
@@ -146,6 +146,13 @@ class Compose:
             if not any(applies[row] for applies in per_part):
                 raise InputError(f"No part of the reward is for the prompt {text!r}: widen a 'when', or add a part without one.")
 
+    def check_prompts(self, prompts: Prompts, seconds: float) -> None:
+        """Raise InputError for a prompt that a part is for, and cannot read."""
+        for part in self.parts:
+            rows = [row for row, applies in enumerate(part.applies(prompts)) if applies]
+            if rows and isinstance(part.reward, ReadingReward):
+                part.reward.check_prompts(prompts[rows], seconds)
+
     def total(self, raw: Mapping[str, Tensor]) -> Tensor:
         """(B,) of what `measure` gave.
 
@@ -198,7 +205,7 @@ class Compose:
     @property
     def learns(self) -> bool:
         """Whether anything in it changes with what was scored."""
-        return bool(self.running) or any(isinstance(part.reward, StatefulReward) for part in self.parts)
+        return bool(self.running) or any(isinstance(part.reward, StatefulReward) and part.reward.learns for part in self.parts)
 
     @property
     def waits(self) -> bool:
@@ -217,7 +224,7 @@ class Compose:
         self.first.clear()
         for part, column in zip(self.parts, scores.unbind(1), strict=True):
             asked = column[~column.isnan()]
-            if isinstance(part.reward, StatefulReward) and len(asked):
+            if isinstance(part.reward, StatefulReward) and part.reward.learns and len(asked):
                 part.reward.learn(asked)
 
     def _columns(self, scores: Tensor) -> list[tuple[Part, list[float]]]:

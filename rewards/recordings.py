@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from diffalign.errors import InputError
-from diffalign.sound import Sound, read_wav
+from diffalign.sound import CLIPPED, Sound, read_wav
 from diffalign.types import Prompts
 
 KEY = "reference"
@@ -27,6 +28,8 @@ def _opened(path: Path, changed: int) -> Sound:
     sound = read_wav(path)
     if float(sound.waveform.abs().max()) < SILENT:
         raise InputError(f"The recording {path} is silent: there is nothing to compare with. Name another.")
+    if sound.clipped > CLIPPED:
+        logging.getLogger("diffalign").warning("The recording %s is clipped: %.1f%% of it is at full scale.", path, 100 * sound.clipped)
     return sound
 
 
@@ -49,6 +52,11 @@ class Recordings:
         if self.given is not None:
             for path in {_path(self.given)} if not self._is_list else set(self.listed.values()):
                 _open(path)
+
+    def check_for(self, prompts: Prompts) -> None:
+        """Open the recording of each prompt; raises InputError for a prompt that has none, or one that `check` refuses."""
+        for path in {*self.paths(prompts)}:
+            _open(path)
 
     def of(self, prompts: Prompts, sample_rate: int) -> list[Tensor]:
         """For each prompt its recording (any,) at `sample_rate` Hz. Raises InputError for a prompt that has none."""

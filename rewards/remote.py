@@ -45,7 +45,7 @@ class Remote:
     """Of pictures. png: 8 bits; float16, float32: safetensors, which are larger. Sound is float32, or float16 where that is said."""
 
     differentiable: ClassVar[bool] = False
-    learns: ClassVar[bool] = False  # its state is the server's name: its scale does not move
+    learns: ClassVar[bool] = False  # its state is the server's name
     said: dict[str, Any] = field(default_factory=dict[str, Any], init=False, repr=False, compare=False)
     bound: dict[str, str] = field(default_factory=dict[str, str], init=False, repr=False, compare=False)  # a resumed run's `name`
 

@@ -63,10 +63,9 @@ class CTC:
         """Load the weights, now rather than at the first call. Raises InputError where they cannot be had."""
         _ = self.recogniser
 
-    def check(self, prompts: Prompts) -> None:
-        """Raise InputError for transcripts that the recogniser cannot write."""
-        for text in prompts.spoken:
-            self.recogniser.letters.spell(text)
+    def check_prompts(self, prompts: Prompts, seconds: float) -> None:
+        """Raise InputError for a transcript that the recogniser cannot write, or that takes longer than the sounds have."""
+        self._spelt(prompts, round(seconds * self.sample_rate))
 
     def __call__(self, media: Tensor, prompts: Prompts) -> Tensor:
         """Sounds (B, samples) in [-1, 1] at `sample_rate` Hz and B prompts to (B,), 0 at best; the gradient reaches the sounds.
@@ -74,21 +73,25 @@ class CTC:
         Raises InputError for a transcript that the recogniser cannot write, or that has more characters than the sound has frames.
         """
         check_sounds(media, prompts)
-        recogniser = self.recogniser
-        recogniser.network.to(media.device)
-        spelt = [torch.tensor(recogniser.letters.spell(text)) for text in prompts.spoken]
-        there = frames(recogniser.network, media.shape[1], self.sample_rate)
+        self.recogniser.network.to(media.device)
+        spelt = self._spelt(prompts, media.shape[1])
+        wanted = torch.nn.utils.rnn.pad_sequence(spelt, batch_first=True).to(media.device)
+        lengths = torch.tensor([len(ids) for ids in spelt], device=media.device)
+        return in_chunks(self._score, self.batch_size, media, wanted, lengths)
+
+    def _spelt(self, prompts: Prompts, samples: int) -> list[Tensor]:
+        """The ids of each transcript."""
+        spelt = [torch.tensor(self.recogniser.letters.spell(text)) for text in prompts.spoken]
+        there = frames(self.recogniser.network, samples, self.sample_rate)
         for ids, text in zip(spelt, prompts.spoken, strict=True):
             # a blank must part equal characters; with fewer frames no alignment exists, and the likelihood is 0
             least = len(ids) + int((ids[1:] == ids[:-1]).sum())
             if least > there:
                 raise InputError(
-                    f"'{text}' takes {least} frames at least, and a sound of {media.shape[1] / self.sample_rate:.2f} s has {there}: "
+                    f"'{text}' takes {least} frames at least, and a sound of {samples / self.sample_rate:.2f} s has {there}: "
                     "make the sounds longer (--audio-seconds), or the transcripts shorter."
                 )
-        wanted = torch.nn.utils.rnn.pad_sequence(spelt, batch_first=True).to(media.device)
-        lengths = torch.tensor([len(ids) for ids in spelt], device=media.device)
-        return in_chunks(self._score, self.batch_size, media, wanted, lengths)
+        return spelt
 
     def _score(self, media: Tensor, wanted: Tensor, lengths: Tensor) -> Tensor:
         found = self.recogniser.log_probs(media).transpose(0, 1)
@@ -158,7 +161,7 @@ class ErrorRate:
         """Load the weights, now rather than at the first call. Raises InputError where they cannot be had."""
         _ = self.listener
 
-    def check(self, prompts: Prompts) -> None:
+    def check_prompts(self, prompts: Prompts, seconds: float) -> None:
         """Raise InputError for transcripts without words."""
         for text in prompts.spoken:
             if not normal(text):
@@ -167,7 +170,7 @@ class ErrorRate:
     def __call__(self, media: Tensor, prompts: Prompts) -> Tensor:
         """Sounds (B, samples) in [-1, 1] at `sample_rate` Hz and B prompts to (B,): 0 at best, below -1 where too much is said."""
         check_sounds(media, prompts)
-        self.check(prompts)
+        self.check_prompts(prompts, media.shape[1] / self.sample_rate)
         heard = self.transcribe(media)
         split: Callable[[str], Sequence[str]] = str.split if self.unit == "word" else list
         pairs = [(split(normal(found)), split(normal(wanted))) for found, wanted in zip(heard, prompts.spoken, strict=True)]

@@ -97,6 +97,10 @@ class SpeakerSimilarity:
         self.recordings.check()
         _ = self.features
 
+    def check_prompts(self, prompts: Prompts, seconds: float) -> None:
+        """Raise InputError for a prompt without a recording that can be used."""
+        self.recordings.check_for(prompts)
+
     @cached_property
     def recordings(self) -> Recordings:
         """What sounds are compared with."""
@@ -181,6 +185,10 @@ class SpeechBERTScore:
         """Load the weights and recordings, now rather than at the first call. Raises InputError where they cannot be had."""
         self.recordings.check()
         _ = self.features
+
+    def check_prompts(self, prompts: Prompts, seconds: float) -> None:
+        """Raise InputError for a prompt without a recording that can be used."""
+        self.recordings.check_for(prompts)
 
     @cached_property
     def recordings(self) -> Recordings:

@@ -315,7 +315,10 @@ def test_score(run_cli: Any, tmp_path: Path) -> None:
     Image.effect_noise((64, 64), 80).save(tmp_path / "grey.png")
     one, several = ("--reward", "jpeg-compressibility"), ("--reward", "jpeg-compressibility", "jpeg-incompressibility")
     for words, message in (
-        ((*several, "--reward.weights", "a", "b", "--prompt", "x", "flat.png"), "--reward.weights: 'a' is no number: give one for each"),
+        (
+            (*several, "--reward.weights", "a", "b", "--prompt", "x", "flat.png"),
+            "weights is ['a'], and of that a does not fit: give a number",
+        ),
         ((*one, "", "--prompt", "x", "flat.png"), "A word is empty where a reward's or a picture's name should be"),
     ):
         outcome = run_cli("score", *words)

@@ -18,6 +18,7 @@ from diffalign.contract import CheckedReward
 from diffalign.errors import InputError
 from diffalign.rewards.compared import SISDR, Compared, beside, si_sdr
 from diffalign.rewards.recordings import Recordings
+from diffalign.rewards.voices import SpeakerSimilarity, SpeechBERTScore
 from diffalign.sound import write_wav
 from diffalign.types import Prompts
 
@@ -111,9 +112,21 @@ def test_recordings_that_cannot_be_had_are_named_before_anything_is_scored(files
             SISDR(reference=files / name).open()
     with pytest.raises(InputError, match=r"has no line for the prompt 'three'"):
         SISDR(reference=files / "list.jsonl")(torch.rand(1, 1600), Prompts(("three",)))
+    for reward in (SISDR, Compared, SpeakerSimilarity, SpeechBERTScore):
+        with pytest.raises(InputError, match=r"has no line for the prompt 'three'"):
+            reward(reference=files / "list.jsonl").check_prompts(Prompts(("one", "three")), 1.0)
+    with pytest.raises(InputError, match="is silent: there is nothing to compare with"):
+        SISDR().check_prompts(Prompts(("one",), metadata=({"reference": str(files / "silent.wav")},)), 1.0)
     for prompts in (TWO, replace(TWO, metadata=({}, {}))):
         with pytest.raises(InputError, match=r"The prompt 'one' has no recording to compare with: --reward\.reference takes"):
             SISDR()(torch.rand(2, 1600), prompts)
+
+
+def test_a_clipped_recording_is_said_once(files: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_wav(files / "clipped.wav", torch.ones(1600), 16000)
+    for _ in range(2):
+        SISDR(reference=files / "clipped.wav").open()
+    assert [record.message.partition("clipped.wav ")[2] for record in caplog.records] == ["is clipped: 100.0% of it is at full scale."]
 
 
 def test_a_list_tells_prompts_apart_by_their_transcripts(files: Path) -> None:

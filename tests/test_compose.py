@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from toy import in_processes
 import diffalign
 from diffalign import registry
 from diffalign.composing import make_reward, with_part_flags
-from diffalign.contract import CheckedReward, FunctionReward
+from diffalign.contract import CheckedReward, FunctionReward, as_reward
 from diffalign.errors import InputError
 from diffalign.flags import nested, normal
 from diffalign.parts import Moments
@@ -236,6 +236,7 @@ class Rising(Column):
     """A part with a state of its own."""
 
     bar: float = 0.0
+    learns: ClassVar[bool] = True
 
     def __call__(self, media: Tensor, prompts: Prompts) -> Tensor:
         return super().__call__(media, prompts) - self.bar
@@ -248,6 +249,28 @@ class Rising(Column):
 
     def restore(self, state: Any) -> None:
         self.bar = state["bar"]
+
+
+def test_a_reward_with_a_state_says_whether_its_scale_moves() -> None:
+    class Still(Rising):
+        learns: ClassVar[bool] = False
+
+    for reward, learns in ((Column(0), False), (Rising(0), True), (Still(0), False)):
+        for given in (reward, of("sum", {"reward": reward}, {"weight": 0})):
+            checked = CheckedReward(as_reward(given), "a", learners=ALONE)
+            checked(MEDIA, THREE)
+            assert checked.learns == learns
+            assert bool(checked.seen) == learns, "what does not learn is handed no scores"
+            checked.end_round()
+
+    @dataclass
+    class Unsaid(Column):
+        def learn(self, scores: Tensor) -> None: ...
+        def state(self) -> dict[str, Any]: ...
+        def restore(self, state: Any) -> None: ...
+
+    with pytest.raises(InputError, match=r"Unsaid keeps a state, and does not say .*: give its class learns = True, or False"):
+        as_reward(Unsaid(0))
 
 
 def test_a_part_with_a_state_learns_from_its_own_scores() -> None:

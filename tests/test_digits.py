@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +54,26 @@ def test_most_of_its_words_are_understood_and_noise_is_heard(policy: Policy) -> 
     assert float(score(ctc, media, prompts, policy, batch_size=36).mean()) > -1
     clean, dirty = (float(score(quality, x, prompts, policy, batch_size=36).mean()) for x in (media, noisy))
     assert clean > 4.5 > 3 > dirty
+
+
+def test_a_held_out_prompt_that_a_reward_cannot_read_is_refused_before_the_training(tmp_path: Path, run_cli: Any) -> None:
+    (tmp_path / "good.jsonl").write_text('{"prompt": "man: one", "transcript": "one"}')
+    long = " ".join(["seven"] * 9)
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": f"man: {long}", "transcript": long}))
+    (tmp_path / "other.jsonl").write_text('{"prompt": "man: café", "transcript": "café"}')
+    cut = " ".join(["go"] * 20)
+    (tmp_path / "cut.jsonl").write_text(json.dumps({"prompt": f"man: {cut}", "transcript": cut}))
+    flags = ["train", "--pipeline", "digits", "--method", "ddpo", "--prompts", "good.jsonl", "--output", "run"]
+    for held, rewards, says in (
+        ("long.jsonl", ["--reward", "loudness", "--eval-rewards", "digits-ctc"], "takes 53 frames at least, and a sound of 1.02 s has 50"),
+        ("long.jsonl", ["--reward", "loudness", "--eval-rewards", "loudness", "--guard", "digits-ctc"], "takes 53 frames at least"),
+        ("other.jsonl", ["--reward", "loudness", "--eval-rewards", "loudness"], "cannot be said: its tokenizer lacks 'café'"),
+        ("cut.jsonl", ["--reward", "loudness", "--eval-rewards", "loudness"], "cannot be said: it has 22 tokens, and the model says 16"),
+    ):
+        outcome = run_cli(*flags, *rewards, "--eval-prompts", held)
+        assert outcome.status == 2
+        assert says in outcome.err
+        assert not (tmp_path / "run").exists()
 
 
 def test_the_transcript_is_what_rewards_hear_for_and_must_be_in_the_text(policy: Policy) -> None:

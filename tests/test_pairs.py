@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,16 @@ def test_bad_flags(run_cli: Callable[..., Any], tmp_path: Path) -> None:
     assert "--sample-steps" in helped.out
     assert "example: diffalign pairs" in helped.out
     assert not list(tmp_path.iterdir())
+
+
+def test_what_pairs_and_trainings_are_both_told_means_the_same() -> None:
+    """The fields are written in both, since words and defaults differ; what a name means must not."""
+    training, making = ({f.name: f for f in fields(kind)} for kind in (Settings, Making))
+    shared = training.keys() & making.keys()
+    assert {"guidance_scale", "audio_seconds", "vae_precision", "attention", "device", "seed"} <= shared
+    otherwise = {name for name in shared if training[name].default != making[name].default}
+    assert otherwise == {"batch_size", "sample_steps"}
+    assert {name for name in shared if training[name].type != making[name].type} == {"sample_steps"}
 
 
 def test_a_run_is_a_model_too(files: Path, tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from diffalign.media import read_image
+from diffalign.sound import write_wav
 
 RAMP = np.linspace(0, 255, 48).astype("uint8")[None].repeat(40, 0)
 COLOURS = np.dstack([RAMP, RAMP[:, ::-1], RAMP // 2])
@@ -67,3 +69,16 @@ def test_a_picture_that_is_cut_short_or_none_is_refused_before_any_is_scored(tmp
         assert outcome.out == ""
         assert name in outcome.err
         assert outcome.err.count("\n") == 1
+
+
+def test_files_are_read_before_weights_are(tmp_path: Path, run_cli: Any) -> None:
+    """Neither reward can be had here, and what is wrong with the files is said all the same."""
+    write_wav(tmp_path / "a.wav", torch.zeros(100), 8000)
+    for reward, file, says in (
+        ("hps-v2.1", "a.wav", "a.wav is a sound, and hps-v2.1 judges pictures. Choose another reward"),
+        ("hps-v2.1", "none.png", "no file none.png"),
+        ("speaker-similarity", "none.wav", "There is no file none.wav"),
+    ):
+        outcome = run_cli("score", "--reward", reward, "--prompt", "x", file)
+        assert (outcome.status, outcome.out) == (2, "")
+        assert says in outcome.err

@@ -82,7 +82,10 @@ def test_every_width_of_samples(extensible: bool):
         (wav(struct.pack("<2f", 0.1, float("nan")), 3, bits=32), "x.wav holds NaN or infinity"),
         (wav(struct.pack("<2f", 0.1, 3.5), 3, bits=32), "x.wav holds samples up to 3.5, beyond full scale"),
         (wav(b"\0" * 100)[:-20], "x.wav is cut short: 80 of 100 bytes"),
+        (wav(b"\0"), "x.wav is empty: it holds no whole sample"),
         (wav(b"\0" * 8, rate=0), "its sample rate is 0"),
+        (wav(b"\0" * 8, rate=1), "its sample rate is 1 Hz. Fetch or make it again"),
+        (wav(b"\0" * 8, rate=2_000_000), "its sample rate is 2000000 Hz"),
         (wav(b"\0" * 8, kind=85), r"a kind that is not read \(format 85, 16 bits\)"),
         (wav(b"\0" * 8)[:36], "a .wav file without samples"),
         (b"RIFF\x10\0\0\0WAVEdata\x04\0\0\0abcd", "a .wav file without a header"),
@@ -108,6 +111,12 @@ def test_resampling_removes_what_the_lower_rate_cannot_hold_and_is_linear():
     assert resample(high, 16000, 8000)[:, 200:-200].abs().max() < 5e-3
     both = resample(high + low, 16000, 8000)
     torch.testing.assert_close(both, resample(high, 16000, 8000) + resample(low, 16000, 8000), rtol=0, atol=1e-6)
+
+
+def test_rates_whose_filters_would_fill_the_memory_are_refused():
+    with pytest.raises(InputError, match=r"Sounds at 44101 Hz are not brought to 8000 Hz .*: ffmpeg -i IN\.wav -ar 8000"):
+        resample(torch.zeros(1, 100), 44101, 8000)
+    assert resample(torch.zeros(1, 100), 11025, 8000).shape == (1, 73)
 
 
 def test_the_gradient_of_resampling_is_its_transpose():
@@ -300,6 +309,9 @@ def test_prompts_are_held_against_what_is_said():
         batch_of([PicturePrompt("a", b"")], speaker)
     mute: Any = Speaker(takes=())
     assert batch_of(["rain"], mute).transcript is None
+    check_fit(["rain", SpokenPrompt("calm: one", "one")], mute)
+    with pytest.raises(InputError, match="The prompt a café cannot be said: its tokenizer lacks"):
+        check_fit(["rain", "a café"], mute)
     for prompt, says in (
         (SpokenPrompt("calm", "one"), "takes no transcript, and the prompt calm"),
         (SpokenPrompt("", "x"), "the text itself"),
@@ -343,7 +355,7 @@ def test_score_reads_sounds(tmp_path: Path, run_cli: Callable[..., Any]) -> None
         (["--reward", "silence", "stereo.wav"], "has 2 channels"),
         (["--reward", "silence", "none.wav"], "There is no file none.wav"),
         (["--reward", "silence", "a.wav", "--image", "x.png"], "--image: silence judges sound"),
-        (["--reward", "jpeg-compressibility", "a.wav"], "is no picture that can be read"),
+        (["--reward", "jpeg-compressibility", "a.wav"], "a.wav is a sound, and jpeg-compressibility judges pictures"),
         (["--reward", "jpeg-compressibility", "a.wav", "--transcript", "x"], "--transcript: jpeg-compressibility judges pictures"),
     ):
         outcome = run_cli("score", *flags)

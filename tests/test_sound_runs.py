@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import diffalign
-from diffalign import registry
+from diffalign import registry, tiny
 from diffalign.pipelines.tiny_sound import audioldm2
 from diffalign.sound import read_wav, rounded, write_wav
 
@@ -23,14 +23,19 @@ FEW = ["--steps", 2, "--batch-size", 2, "--accumulate", 1, "--sample-steps", 3, 
 
 
 def methods_on_twins() -> list[tuple[str, str]]:
-    """Each method with each twin whose kernel it takes; HIVE edits pictures."""
-    names = [name for name in registry.METHODS if name != "hive"]
-    diffusion = [(name, "AudioLDM2Pipeline") for name in names if name not in FLOWS]
-    return [*diffusion, *((name, "LongCatAudioDiTPipeline") for name in names)]
+    """Each method with a twin whose kernel it takes, and one of each class of methods with both; HIVE edits pictures."""
+    rows = {name: entry for name, entry in registry.METHODS.items() if name != "hive"}
+    diffusion = [(name, "AudioLDM2Pipeline") for name in rows if name not in FLOWS]
+    first = {entry.target: name for name, entry in reversed(rows.items())}
+    return [*diffusion, *((name, "LongCatAudioDiTPipeline") for name in rows if name in (*FLOWS, *first.values()))]
 
 
 @pytest.mark.parametrize(("name", "pipeline_class"), methods_on_twins())
-def test_every_method_trains_the_twins(name: str, pipeline_class: str, tmp_path: Path, run_cli: Callable[..., Any]) -> None:
+def test_every_method_trains_the_twins(
+    name: str, pipeline_class: str, tmp_path: Path, run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny, "DENOISING", 3)  # steps on the twins mean nothing: as few as every method takes
+    monkeypatch.setattr(tiny, "SHOWN", 1)
     needs = registry.find("methods", name)[0].needs
     flags = ["--pipeline", "nobody/nothing", "--pipeline-class", pipeline_class, "--tiny", "--lora.rank", 2]
     flags += ["--data", "hf:nobody/nothing"] if needs.data in ("pairs", "labels") else ["--prompts", "hf:nobody/nothing/p.jsonl"]
@@ -86,7 +91,7 @@ def test_a_speech_model_from_prompts_to_pairs_and_back(speech: Path, tmp_path: P
         assert outcome.status == 2
         assert says in outcome.err
 
-    making = ["--reward", "loudness", "--sample-steps", 3, "--batch-size", 4]
+    making = ["--reward", "loudness", "--sample-steps", 3, "--batch-size", 4, "--pairs", 4]
     outcome = run_cli("pairs", "--pipeline", "run", *making, "--output", "pairs")
     assert outcome.status == 0, outcome.err
     pairs = [json.loads(line) for line in (tmp_path / "pairs" / "pairs.jsonl").read_text().splitlines()]
@@ -170,6 +175,7 @@ def test_a_composed_reward_with_metadata_under_a_guard(speech: Path, tmp_path: P
     parts = [{"name": "silence", "weight": 2.0}, {"name": "loudness", "target": -30.0, "when": {"voice": "calm"}}]
     (tmp_path / "c.yaml").write_text(json.dumps({"reward": {"parts": parts}, "guard": {"rewards": ["loudness"], "size": 2, "every": 1}}))
     flags = ["--pipeline", speech / "model", "--prompts", "p.jsonl", *FEW, "--method", "ddpo", "--config", "c.yaml", "--output", "run"]
+    flags += ["--method.inference_steps", 3, "--method.batches", 2]
     outcome = run_cli("train", *flags)
     assert outcome.status == 0, outcome.err
     run = tmp_path / "run"

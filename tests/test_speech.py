@@ -12,6 +12,7 @@ import torch
 from original_networks import spread
 from torch import Tensor
 
+from diffalign.composing import compose
 from diffalign.contract import CheckedReward
 from diffalign.errors import InputError
 from diffalign.registry import find
@@ -386,6 +387,11 @@ def test_the_embedded_recogniser_is_where_the_package_says(monkeypatch: pytest.M
     made, preset = find("rewards", "digits-ctc")
     reward = made(**preset)
     assert reward.sample_rate == 8000
-    reward.check(Prompts(("seven",)))
-    with pytest.raises(InputError, match="does not know 7"):
-        reward.check(Prompts(("7",)))
+    reward.check_prompts(Prompts(("seven",)), 1.0)
+    several: Any = compose([{"reward": reward, "when": word, "label": word} for word in "ab"])
+    several.check_prompts(Prompts(("a seven",)), 1.0)
+    for asked in (reward, several):
+        with pytest.raises(InputError, match="does not know 7"):
+            asked.check_prompts(Prompts(("a", "b 7")), 1.0)
+        with pytest.raises(InputError, match=r"'b sevens' takes 8 frames at least, and a sound of 0\.05 s has"):
+            asked.check_prompts(Prompts(("a", "b sevens")), 0.05)

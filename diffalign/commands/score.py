@@ -17,13 +17,8 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--prompt", help="the prompt of all the pictures, for a reward that reads one")
     parser.add_argument("--transcript", metavar="TEXT", help="what is said in all the sounds, for a reward of speech")
     parser.add_argument("--image", metavar="FILE", help="the picture that was edited, for a reward that judges edits")
-    from diffalign.flags import is_number
-
     words, own = split_fields(arguments)
     words, several = several_of(words)
-    weights = own[own.index("--reward.weights") + 1 :][:1] if several and "--reward.weights" in own else []
-    if weights and not is_number(weights[0]):
-        raise InputError(f"--reward.weights: '{weights[0]}' is no number: give one for each reward, in their order.")
     chosen = parser.parse_intermixed_args(words)
     if "" in chosen.files:
         raise InputError("A word is empty where a reward's or a picture's name should be: leave it out.")
