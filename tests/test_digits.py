@@ -49,11 +49,11 @@ def test_most_of_its_words_are_understood_and_noise_is_heard(policy: Policy) -> 
     noisy = (media + 0.1 * torch.randn(media.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
     wer, ctc, quality = named_rewards(["digits-wer", "digits-ctc", "digits-quality"])
     understood = [float(score(wer, x, prompts, policy, batch_size=36).mean()) for x in (media, noisy)]
-    assert -0.4 < understood[0] < 0, "there is something to be learned"
+    assert -0.6 < understood[0] < -0.15, "much is understood, and there is something to be learned"
     assert understood[1] < understood[0] - 0.2
     assert float(score(ctc, media, prompts, policy, batch_size=36).mean()) > -1
     clean, dirty = (float(score(quality, x, prompts, policy, batch_size=36).mean()) for x in (media, noisy))
-    assert clean > 4.5 > 3 > dirty
+    assert clean > 3.5 > 2.5 > dirty
 
 
 def test_a_held_out_prompt_that_a_reward_cannot_read_is_refused_before_the_training(tmp_path: Path, run_cli: Any) -> None:
@@ -84,8 +84,10 @@ def test_the_transcript_is_what_rewards_hear_for_and_must_be_in_the_text(policy:
         batch_of([SpokenPrompt("man: seven", "eight")], policy)
 
 
-def test_a_short_training_is_better_understood(tmp_path: Path) -> None:
-    run = diffalign.align("digits", method="draft", output=tmp_path / "run", steps=12, batch_size=12, eval_size=48, k=4, inference_steps=5)
-    found = run.evaluation["rewards"]["digits-ctc"]
-    assert found["difference"] > 0
+@pytest.mark.parametrize("method", ["draft", "dlpo"])
+def test_a_short_training_is_heard_by_a_judge_that_it_was_not_trained_on(method: str, tmp_path: Path) -> None:
+    short: dict[str, Any] = {"draft": {"steps": 8, "batch_size": 12, "k": 4, "inference_steps": 5}, "dlpo": {"steps": 4}}[method]
+    run = diffalign.align("digits", method=method, output=tmp_path / "run", eval_size=36, **short)
+    found = run.evaluation["rewards"]["digits-quality"]
+    assert found["interval"][0] > 0
     assert len(list((tmp_path / "run" / "samples").glob("*.wav"))) >= 16
