@@ -96,6 +96,7 @@ def evaluate_run(
     limit: int | None = None,
     seed: int | None = None,
     output: str | Path | None = None,
+    draws: int | None = None,
 ) -> dict[str, Any]:
     """Evaluate a finished run on held-out prompts, by default as its training did at its end; write what was found, and return it."""
     plan = run.plan
@@ -107,6 +108,8 @@ def evaluate_run(
     limit = plan.settings.eval_size if limit is None else limit
     if limit < 1:
         raise InputError(f"--limit is {limit}: give 1 or more.")
+    if draws is not None and draws < 1:
+        raise InputError(f"--draws is {draws}: give 1 or more samples of each prompt.")
     target = Path(output).expanduser() if output else run.path / "eval.json"
     if target.suffix != ".json" or not target.parent.is_dir():
         raise InputError(f"--output {target}: give a .json file in a folder that exists.")
@@ -120,7 +123,7 @@ def evaluate_run(
     check_judges(checked, run.policy.modality)
     check_read(checked, texts[:limit], run.policy)
     kept = {"pairs": before.get("pairs"), "guard": guard_outcome(run)}
-    results = evaluate_into(plan, run.policy, checked, texts[:limit], seed, target, target.with_suffix(".png"), **kept)
+    results = evaluate_into(plan, run.policy, checked, texts[:limit], seed, target, target.with_suffix(".png"), draws=draws, **kept)
     say(f"Written: {target} and {target.with_suffix('.png')}")
     if target == run.path / "eval.json":
         leave_report(run)

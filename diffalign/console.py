@@ -56,7 +56,9 @@ def watch(rows: Iterable[Row], done: int, steps: int, shown: bool = True) -> Ite
 
 def comparison(evaluation: dict[str, object]) -> Table:
     """The held-out table of an evaluation."""
-    table = Table(title=f"Held out: {evaluation['prompts']} prompts, same noise", title_justify="left")
+    draws = evaluation.get("draws", 1)
+    of_each = f", {draws} samples of each" if draws != 1 else ""
+    table = Table(title=f"Held out: {evaluation['prompts']} prompts{of_each}, same noise", title_justify="left")
     for column in ("reward", "before", "after", "difference", "95% interval", "win rate"):
         table.add_column(column, justify="left" if column == "reward" else "right")
     rewards = evaluation["rewards"]

@@ -86,25 +86,37 @@ def compare(before: NDArray[np.float64], after: NDArray[np.float64], seed: int) 
 
 
 def evaluate(
-    policy: Policy, rewards: Sequence[CheckedReward], prompts: Sequence[Prompt], *, steps: int, seed: int, batch_size: int, suffix: str = ""
+    policy: Policy,
+    rewards: Sequence[CheckedReward],
+    prompts: Sequence[Prompt],
+    *,
+    steps: int,
+    seed: int,
+    batch_size: int,
+    suffix: str = "",
+    draws: int = 1,
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """`(results, media before, media after)` on held-out prompts; results hold one comparison for each reward, by name.
+
+    Each prompt is sampled `draws` times, and what is compared are the means of its scores: the interval is over prompts. The media are all
+    samples, draw by draw.
 
     The parts of a composed one follow it, as `NAME/PART`: their raw scores, on the `prompts` that they are for, where those are fewer.
     `suffix` is added to the trained model's prompts; the rewards do not see it.
     """
-    after = sample(policy, prompts, steps=steps, seed=seed, batch_size=batch_size, suffix=suffix)
+    drawn = list(prompts) * draws
+    after = sample(policy, drawn, steps=steps, seed=seed, batch_size=batch_size, suffix=suffix)
     with policy.reference():
-        before = sample(policy, prompts, steps=steps, seed=seed, batch_size=batch_size)
+        before = sample(policy, drawn, steps=steps, seed=seed, batch_size=batch_size)
 
     table: dict[str, dict[str, Any]] = {}
     for reward in rewards:
-        pairs = [score_parts(reward, media, prompts, policy, batch_size=batch_size) for media in (before, after)]
+        pairs = [score_parts(reward, media, drawn, policy, batch_size=batch_size) for media in (before, after)]
         for name in pairs[0]:
-            old, new = (scores[name] for scores in pairs)
+            old, new = (scores[name].reshape(draws, len(prompts)).mean(0) for scores in pairs)
             known = ~np.isnan(old)
             table[name] = compare(old[known], new[known], seed) | ({} if known.all() else {"prompts": int(known.sum())})
-    return {"prompts": len(prompts), "denoising_steps": steps, "seed": seed, "rewards": table}, before, after
+    return {"prompts": len(prompts), "draws": draws, "denoising_steps": steps, "seed": seed, "rewards": table}, before, after
 
 
 def sheet(rows: Sequence[tuple[str, Tensor]], prompts: Sequence[Prompt], sample_rate: int | None = None) -> Image.Image:

@@ -289,13 +289,14 @@ def evaluate_into(
     pairs: Any = None,
     guard: Any = None,
     write: bool = True,
+    draws: int | None = None,
 ) -> dict[str, Any]:
     """Compare the policy with its base model, and write what `evaluate` found to `output` and the pictures to `picture`; sounds beside it.
 
     `pairs` is what was measured on the data before, `guard` what came of the run's guard; both stay. Where all processes work on one
-    network, the first is to `write`.
+    network, the first is to `write`. `draws` are by default the settings' eval_draws.
     """
-    chosen = {"steps": plan.sample_steps, "seed": seed, "batch_size": plan.settings.batch_size}
+    chosen = {"steps": plan.sample_steps, "seed": seed, "batch_size": plan.settings.batch_size, "draws": draws or plan.settings.eval_draws}
     results, before, after = evaluate(policy, rewards, prompts, suffix=plan.suffix, **chosen)
     if data is not None and plan.method.needs.data == "pairs":
         held = data[1]

@@ -39,6 +39,8 @@ class Settings:
     """Rewards of the evaluation; by default the one that is trained on."""
     eval_size: int = 64
     """Held-out prompts to evaluate on, before and after; 0 for no evaluation."""
+    eval_draws: int = 1
+    """Samples of each held-out prompt, whose scores are averaged: more of them make the interval narrower."""
     guidance_scale: float = 7.5
     """Classifier-free guidance, in sampling and in training; 1 for none."""
     image_guidance_scale: float = 1.5
@@ -123,7 +125,7 @@ class Settings:
     """Trackers besides metrics.jsonl, each with its extra."""
 
     def __post_init__(self) -> None:
-        whole = dict(steps=1, batch_size=1, accumulate=1, eval_size=0, warmup_steps=0, checkpoint_every=1, keep_checkpoints=1)
+        whole = dict(steps=1, batch_size=1, accumulate=1, eval_size=0, eval_draws=1, warmup_steps=0, checkpoint_every=1, keep_checkpoints=1)
         for name, least in whole.items():
             if not vars(self)[name] >= least:  # said so that NaN, which compares as false, is refused too
                 raise InputError(f"{name} is {vars(self)[name]}: give {least} or more.")

@@ -29,7 +29,7 @@ from diffalign.settings import Settings
 from diffalign.sound import wav_bytes
 from diffalign.types import Data, Modality, PromptField
 
-MOST = {"steps": 2, "batch_size": 2, "accumulate": 2, "eval_size": 2, "warmup_steps": 1}  # of the settings
+MOST = {"steps": 2, "batch_size": 2, "accumulate": 2, "eval_size": 2, "eval_draws": 2, "warmup_steps": 1}  # of the settings
 MOST_OF_METHOD = {"batches": 1, "samples": 2, "forwards": 1, "pretrain_batches": 1}
 DENOISING, SHOWN = 10, 4  # denoising steps of the method, and of pictures and evaluation
 NEVER = 1_000_000  # evaluations: random rewards fall by chance, and a dry run takes all of its steps

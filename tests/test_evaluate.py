@@ -12,7 +12,8 @@ import torch
 from torch import Generator
 from toy import Exact, Toy, diffusion, flow
 
-from diffalign.evaluate import bootstrap, compare, diversity, kl_to_base, pairwise_distance, sample
+from diffalign.contract import CheckedReward
+from diffalign.evaluate import bootstrap, compare, diversity, evaluate, kl_to_base, pairwise_distance, sample
 from diffalign.lora import LoRA
 from diffalign.noise import RectifiedFlow
 from diffalign.pipelines.stable_diffusion import StableDiffusion
@@ -45,6 +46,24 @@ def test_noise_depends_on_the_seed_alone() -> None:
     assert not torch.allclose(together, sample(policy, prompts, steps=2, seed=4, batch_size=3), atol=1e-3)
     with policy.reference():
         assert torch.equal(together, sample(policy, prompts, steps=2, seed=3, batch_size=3)), "a new LoRA is the base"
+
+
+def test_the_draws_of_a_prompt_are_one_difference() -> None:
+    """The interval is over prompts: a prompt's scores are averaged over its samples first."""
+    policy = StableDiffusion.of(tiny.stable_diffusion(), guidance_scale=2.0)
+    policy.adapt(LoRA(rank=2))
+    with torch.no_grad():
+        for name, weight in policy.module.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.05)
+    prompts, chosen = ["a dog", "a cat", "a cow"], {"steps": 2, "seed": 3, "batch_size": 4}
+    rewards = [CheckedReward(lambda images, prompts: images.mean((1, 2, 3)), "light")]
+    found, before, after = evaluate(policy, rewards, prompts, draws=2, **chosen)
+    assert (len(before), len(after), found["prompts"], found["draws"]) == (6, 6, 3, 2)
+    assert torch.allclose(after, sample(policy, prompts * 2, **chosen), atol=1e-5)
+    light = [media.mean((1, 2, 3)).double().reshape(2, 3).mean(0).numpy() for media in (before, after)]
+    assert found["rewards"]["light"] == compare(*light, seed=3)
+    assert not torch.allclose(after[:3], after[3:], atol=1e-3), "each draw has noise of its own"
 
 
 def moved(path: NoisePath, shift: float) -> Toy:
