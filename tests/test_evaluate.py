@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 from toy import Exact, Toy, diffusion, flow
 
-from diffalign.contract import CheckedReward
+from diffalign.contract import CheckedReward, reward
 from diffalign.evaluate import bootstrap, compare, diversity, evaluate, kl_to_base, pairwise_distance, sample
 from diffalign.lora import LoRA
 from diffalign.noise import RectifiedFlow
@@ -57,12 +57,17 @@ def test_the_draws_of_a_prompt_are_one_difference() -> None:
             if "lora_B" in name:
                 weight.fill_(0.05)
     prompts, chosen = ["a dog", "a cat", "a cow"], {"steps": 2, "seed": 3, "batch_size": 4}
-    rewards = [CheckedReward(lambda images, prompts: images.mean((1, 2, 3)), "light")]
+
+    @reward
+    def light(images: Tensor, prompts: Prompts) -> Tensor:
+        return images.mean((1, 2, 3))
+
+    rewards = [CheckedReward(light, "light")]
     found, before, after = evaluate(policy, rewards, prompts, draws=2, **chosen)
     assert (len(before), len(after), found["prompts"], found["draws"]) == (6, 6, 3, 2)
     assert torch.allclose(after, sample(policy, prompts * 2, **chosen), atol=1e-5)
-    light = [media.mean((1, 2, 3)).double().reshape(2, 3).mean(0).numpy() for media in (before, after)]
-    assert found["rewards"]["light"] == compare(*light, seed=3)
+    means = [media.mean((1, 2, 3)).double().reshape(2, 3).mean(0).numpy() for media in (before, after)]
+    assert found["rewards"]["light"] == pytest.approx(compare(*means, seed=3))
     assert not torch.allclose(after[:3], after[3:], atol=1e-3), "each draw has noise of its own"
 
 
