@@ -58,7 +58,7 @@ def test_the_draws_of_a_prompt_are_one_difference() -> None:
                 weight.fill_(0.05)
     prompts, chosen = ["a dog", "a cat", "a cow"], {"steps": 2, "seed": 3, "batch_size": 4}
 
-    @reward()
+    @reward(differentiable=True)
     def light(images: Tensor, prompts: Prompts) -> Tensor:
         return images.mean((1, 2, 3))
 
