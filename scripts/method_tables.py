@@ -24,6 +24,7 @@ SHARED = {"raft": "rwr", "draft-lv": "draft", "flow-grpo-fast": "flow-grpo", "da
 PLACES = {  # where the rows of the seeds stand
     "benchmarks-methods": "benchmarks.md#the-methods",
     "benchmarks-methods-seconds-30": "benchmarks.md#equal-budgets",
+    "benchmarks-methods-digits": "benchmarks.md#speech-on-digits",
     "benchmarks-methods-shapes-flow": "shapes-flow.md#what-methods-do-with-it",
 }
 
