@@ -98,8 +98,8 @@ def evaluate(
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """`(results, media before, media after)` on held-out prompts; results hold one comparison for each reward, by name.
 
-    Each prompt is sampled `draws` times, and what is compared are the means of its scores: the interval is over prompts. The media are all
-    samples, draw by draw.
+    Each prompt is sampled `draws` times, and what is compared are the means of its scores: the interval is over prompts. The media are those
+    of the first draw.
 
     The parts of a composed one follow it, as `NAME/PART`: their raw scores, on the `prompts` that they are for, where those are fewer.
     `suffix` is added to the trained model's prompts; the rewards do not see it.
@@ -116,7 +116,11 @@ def evaluate(
             old, new = (scores[name].reshape(draws, len(prompts)).mean(0) for scores in pairs)
             known = ~np.isnan(old)
             table[name] = compare(old[known], new[known], seed) | ({} if known.all() else {"prompts": int(known.sum())})
-    return {"prompts": len(prompts), "draws": draws, "denoising_steps": steps, "seed": seed, "rewards": table}, before, after
+    return (
+        {"prompts": len(prompts), "draws": draws, "denoising_steps": steps, "seed": seed, "rewards": table},
+        before[: len(prompts)],
+        after[: len(prompts)],
+    )
 
 
 def sheet(rows: Sequence[tuple[str, Tensor]], prompts: Sequence[Prompt], sample_rate: int | None = None) -> Image.Image:
