@@ -98,8 +98,8 @@ def evaluate(
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """`(results, media before, media after)` on held-out prompts; results hold one comparison for each reward, by name.
 
-    Each prompt is sampled `draws` times, and what is compared are the means of its scores: the interval is over prompts. The media are those
-    of the first draw.
+    Each prompt is sampled `draws` times, and what is compared are the means of its scores: the interval is over prompts. The media are
+    those of the first draw.
 
     The parts of a composed one follow it, as `NAME/PART`: their raw scores, on the `prompts` that they are for, where those are fewer.
     `suffix` is added to the trained model's prompts; the rewards do not see it.
