@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
 import pytest
+import torch
 import yaml
 from labelled import Page, begin, write_folder, write_sounds
 from PIL import Image
@@ -516,10 +519,13 @@ def test_origins() -> None:
 # --- where samples come from
 
 
-def test_samples_of_models_are_made_and_gone_on_with(files: Path, tmp_path: Path, run_cli: Callable[..., Any]) -> None:
-    """Two models, same prompts and noise; and what `Run.sample` writes is a folder of samples too."""
+def test_samples_of_models_are_made_and_gone_on_with(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two models whose own settings have other batches, same prompts and noise; and what `Run.sample` writes is a folder of samples too."""
     import diffalign
     from diffalign import label_making
+
+    starts, rollout = list[torch.Tensor](), label_making.rollout
+    monkeypatch.setattr(label_making, "rollout", lambda *given, **named: starts.append(named["start"]) or rollout(*given, **named))
 
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a dog\na cat\na hen\n")
@@ -527,10 +533,13 @@ def test_samples_of_models_are_made_and_gone_on_with(files: Path, tmp_path: Path
         files / "model", reward=f"{files}/rewards.py:red", prompts=str(files / "prompts.txt"), steps=1, inference_steps=2, eval_size=0,
         learning_rate=0.1, guidance_scale=1.0, batch_size=2, output=tmp_path / "tuned",
     )  # fmt: skip
-    given = {"prompts": str(prompts), "sample_steps": 2, "batch_size": 2, "guidance_scale": 1.0, "seed": 3}
+    given = {"prompts": str(prompts), "sample_steps": 2, "guidance_scale": 1.0, "seed": 3}
     settled = label_making.settle([str(files / "model"), str(run.path)], tmp_path / "made", given)
     for path, (making, asked) in settled.items():
         label_making.make(path, making, asked, 1)
+    assert list(map(len, starts)) == [3, 2, 1]
+    assert torch.equal(starts[0], torch.cat(starts[1:])), "of the same prompt both start from the same noise"
+    assert len({start.numpy().tobytes() for start in starts[0]}) == 3
     gathered = gathering.gather(list(settled))
     assert gathered.models == ("model", "tuned")
     assert [len(asked.samples) for asked in gathered.asked] == [2, 2, 2]
@@ -541,9 +550,17 @@ def test_samples_of_models_are_made_and_gone_on_with(files: Path, tmp_path: Path
     with (model / "samples.jsonl").open("r+b") as file:  # killed within the last line
         file.truncate(file.seek(0, 2) - 5)
     (model / "samples/000003-0.png").unlink()
-    making, asked = settled[model]
-    label_making.make(model, making, asked, 1)
-    assert {path.name: path.read_bytes() for path in (model / "samples").iterdir()} == before
+    (model / "samples/000001-0.png").unlink()
+    starts.clear()
+    ((path, (making, asked)),) = label_making.settle([str(files / "model")], tmp_path / "made", {**given, "batch_size": 1}).items()
+    label_making.make(path, making, asked, 1)
+    assert list(map(len, starts)) == [1, 1], "what is there already is not made again"
+    after = {path.name: path.read_bytes() for path in (model / "samples").iterdir()}
+    assert after.keys() == before.keys()
+    assert after["000002-0.png"] == before["000002-0.png"]
+    for name in ("000001-0.png", "000003-0.png"):
+        pixels = (np.array(Image.open(io.BytesIO(data)), int) for data in (after[name], before[name]))
+        assert abs(np.subtract(*pixels)).max() <= 1, "the same noise in another batch"
     with pytest.raises(InputError, match="No prompts: give --prompts FILE"):
         label_making.settle([str(files / "model")], tmp_path / "made", {})
     with pytest.raises(InputError, match=r"was made with other settings \(seed\)"):
