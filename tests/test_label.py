@@ -156,6 +156,8 @@ def test_an_answer_is_taken_once(page: Page) -> None:
         ({"ranks": [0] * 9}, "at most 4 items"),
         ({"comparison": 99}, "There is no comparison 99."),
         ({"comparison": "x"}, "valid integer"),
+        ({"comparison": True}, "valid integer"),
+        ({"ranks": [False, True]}, "valid integer"),
         ({"rater": " "}, "1 to 40 characters"),
         ({"rater": "x" * 41}, "1 to 40 characters"),
         ({"rater": "a\u202eb"}, "1 to 40 characters"),
@@ -177,13 +179,18 @@ def test_who_is_kept_out(page: Page) -> None:
 
     assert page.call("GET", "/", host="attacker.example").status_code == 403, "a name that was made to point here"
     assert page.call("GET", "/media/0", host="attacker.example:8771").status_code == 403
+    said_so = page.call("GET", "/", host="attacker.example").json()["detail"]
+    assert said_so.startswith("This page answers to the addresses that diffalign label has printed, not to 'attacker.example'")
+    for broken in ("http://[x", "http://a:b", "http://a:99999"):
+        assert post(Origin=broken) == 403, broken
     assert post("attacker.example") == 403
     assert post(Origin="https://attacker.example") == 403
     assert post(Origin="http://127.0.0.1:9999") == 403, "another page on this machine"
     assert post(Origin="null") == 403
     assert post(**{"Sec-Fetch-Site": "cross-site"}) == 403
     assert page.call("POST", "/undo", json={"rater": "Ada"}, headers={"Origin": "https://a.example"}).status_code == 403
-    assert page.call("POST", "/answer", content=b"x" * 20_000).status_code == 413
+    large = page.call("POST", "/answer", content=b"x" * 20_000)
+    assert (large.status_code, large.json()["detail"]) == (413, "20,000 bytes: this page takes at most 16,384.")
     assert page.labels.answers() == []
     assert post(Origin="http://127.0.0.1:8771", **{"Sec-Fetch-Site": "same-origin"}) == 200
     tunnel = Page(page.labels, origins=["https://label.example"])
@@ -198,10 +205,15 @@ def test_a_key_stands_before_everything(page: Page) -> None:
         assert keyed.call("GET", path, host="192.168.1.5:8771").status_code == 401, path
     enter = keyed.call("GET", "/?key=s3cret", host="192.168.1.5:8771")
     assert (enter.status_code, enter.headers["location"]) == (303, "/")
-    assert "HttpOnly" in enter.headers["set-cookie"]
+    assert enter.headers["set-cookie"] == "diffalign-label-8771=s3cret; HttpOnly; Path=/; SameSite=lax", "gone with the browser"
     cookie = {"Cookie": enter.headers["set-cookie"].partition(";")[0]}
     assert keyed.call("GET", "/media/0", host="192.168.1.5:8771", headers=cookie).status_code == 200
-    assert keyed.call("GET", "/media/0", host="attacker.example", headers=cookie).status_code == 403
+    assert keyed.call("GET", "/media/0", host="192.168.1.5:9", headers=cookie).status_code == 401, "a cookie of another port's page"
+    assert keyed.call("GET", "/media/0", host="attacker.example:8771", headers=cookie).status_code == 403
+    tunnel = Page(page.labels, origins=["https://label.example"], key="s3cret")
+    assert tunnel.call("GET", "/?key=s3cret", host="label.example").headers["set-cookie"].startswith("diffalign-label=s3cret; HttpOnly; Path=/")
+    assert tunnel.call("GET", "/?key=s3cret", host="label.example").headers["set-cookie"].endswith("; Secure")
+    assert tunnel.call("GET", "/?key=s3cret", host="[x").status_code == 303
 
 
 def test_only_its_own_files_and_nothing_from_elsewhere(page: Page, tmp_path: Path) -> None:
@@ -392,6 +404,8 @@ def test_the_table_of_models(tmp_path: Path, run_cli: Callable[..., Any]) -> Non
 
 # --- what is wrong is said
 
+MADE_FIRST = ("--pipeline", "shapes", "--prompts", "prompts.txt", "--output", "new")
+
 
 @pytest.mark.parametrize(
     ("flags", "says"),
@@ -412,18 +426,27 @@ def test_the_table_of_models(tmp_path: Path, run_cli: Callable[..., Any]) -> Non
         (["mine", "--choose", "uncertain"], "--choose uncertain is between models, and there is one"),
         (["mine", "--host", "0.0.0.0"], "say by which one people come: --allow-origin http://NAME:PORT"),
         (["mine", "--allow-origin", "label.example"], "--allow-origin label.example: give the address of the page"),
-        (["mine", "--labels", "none/labels.sqlite"], "cannot be used (unable to open database file)"),
+        (["mine", "--allow-origin", "http://[x"], "--allow-origin http://[x: give the address of the page"),
+        (["mine", "--allow-origin", "http://a:99999"], "--allow-origin http://a:99999: give the address of the page"),
+        (["mine", "--labels", "none/labels.sqlite"], "none/labels.sqlite cannot be written (No such file or directory): choose another"),
+        ([*MADE_FIRST, "--labels", "none/labels.sqlite"], "none/labels.sqlite cannot be written (No such file or directory)"),
+        ([*MADE_FIRST, "--labels", "prompts.txt"], "is no database of labels, or a damaged one"),
+        ([*MADE_FIRST, "--labels", "begun.sqlite", "--compare", "3"], "begun.sqlite was begun with --compare 2: leave that out"),
+        ([*MADE_FIRST, "--choose", "uncertain"], "--choose uncertain is between models, and there is one"),
+        ([*MADE_FIRST, "empty"], "holds no samples: expected samples.jsonl"),
         (["mine", "--labels", "prompts.txt"], "is no database of labels, or a damaged one"),
         (["mine", "--labels", "foreign.sqlite"], "is a database, and none of labels"),
         (["mine", "--samples", "3"], "--samples is about making samples: give --pipeline too"),
         (["--pipeline", "shapes", "--prompts", "prompts.txt"], "say where the samples go, --output DIR"),
         (["--pipeline", "shapes", "--prompts", "prompts.txt", "--output", "."], "shapes exists already, and was not made by"),
         (["--pipeline", "no-such-folder/x/y", "--prompts", "prompts.txt", "--output", "o"], "no-such-folder"),
+        (["--table", "empty.sqlite"], "empty.sqlite is an empty database: diffalign label FOLDER --labels empty.sqlite begins it."),
         (["--table", "none.sqlite"], "There is no database none.sqlite: diffalign label FOLDER makes one."),
     ],
 )  # fmt: skip
 def test_bad_input(flags: list[str], says: str, tmp_path: Path, run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffalign.label_page.serve", lambda *_: pytest.fail("It serves the page."))
+    monkeypatch.setattr("diffalign.label_making.make", lambda *_: pytest.fail("It makes samples."))
     for name, samples in (("mine", 2), ("single", 1), ("damaged", 2), ("gone", 2), ("outside", 2)):
         write_folder(tmp_path / name, ["a"], samples)
     write_folder(tmp_path / "other", ["b"], 1)
@@ -439,6 +462,8 @@ def test_bad_input(flags: list[str], says: str, tmp_path: Path, run_cli: Callabl
     (tmp_path / "gone/images/0-1.png").unlink()
     (tmp_path / "outside/samples.jsonl").write_text('{"prompt": "a", "images": ["../mine/images/0-0.png", "images/0-1.png"]}\n')
     sqlite3.connect(tmp_path / "foreign.sqlite").execute("create table mine (a)")
+    (tmp_path / "empty.sqlite").touch()
+    begin(tmp_path / "mine", labels=tmp_path / "begun.sqlite").close()
     outcome = run_cli("label", *flags, "--port", "0")
     assert outcome.status == 2, outcome.err
     assert says in outcome.err
@@ -462,6 +487,21 @@ def test_a_database_of_other_samples_or_settings(tmp_path: Path, run_cli: Callab
     outcome = run_cli("label", moved, "--port", 0)
     assert outcome.status == 2
     assert "was begun on other samples: 1 have changed. Give its own folders" in outcome.err
+
+
+@pytest.mark.parametrize("left", ["empty", "wal"])
+def test_a_database_that_was_cut_off_before_its_first_commit_is_begun(
+    left: str, tmp_path: Path, run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_folder(tmp_path / "mine")
+    (folder / "labels.sqlite").touch()
+    if left == "wal":  # killed between the first statement and the commit
+        sqlite3.connect(folder / "labels.sqlite").execute("pragma journal_mode = wal")
+    monkeypatch.setattr("diffalign.label_page.serve", lambda *_: None)
+    outcome = run_cli("label", folder, "--port", 0)
+    assert outcome.status == 0, outcome.err
+    assert len(Labels.open(folder / "labels.sqlite").comparisons) == 3
+    assert not list(folder.glob(".labels-*"))
 
 
 def test_a_port_in_use_and_a_missing_extra(tmp_path: Path, run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
