@@ -112,6 +112,13 @@ def test_every_public_name_stands_in_the_reference() -> None:
             assert f"class {target[1]}" in file.read_text(encoding="utf-8")
 
 
+def test_pages_and_examples_open_the_embedded_models_by_name() -> None:
+    """A path in the checkout is none in an installed package."""
+    pages = [*(TOP / "docs").glob("shapes*.md"), *(TOP / "docs" / "examples").iterdir()]
+    assert [page.name for page in pages if page.is_file() and re.search(r'assets(/|" / ")shapes[\w-]*"', page.read_text("utf-8"))] == []
+    assert sum("diffalign.model_folder(" in page.read_text("utf-8") for page in pages if page.is_file()) >= 5
+
+
 def missing(targets: list[str]) -> list[str]:
     """The targets of `:::` that cannot be imported."""
     lost = list[str]()

@@ -26,6 +26,7 @@ from PIL import Image
 from served import at_once
 
 from diffalign import examples, gathering
+from diffalign.checkpoint import whole_by_one
 from diffalign.comparing import plan, shown
 from diffalign.errors import InputError
 from diffalign.label_export import export, majority
@@ -211,8 +212,8 @@ def test_a_key_stands_before_everything(page: Page) -> None:
     assert keyed.call("GET", "/media/0", host="192.168.1.5:9", headers=cookie).status_code == 401, "a cookie of another port's page"
     assert keyed.call("GET", "/media/0", host="attacker.example:8771", headers=cookie).status_code == 403
     tunnel = Page(page.labels, origins=["https://label.example"], key="s3cret")
-    assert tunnel.call("GET", "/?key=s3cret", host="label.example").headers["set-cookie"].startswith("diffalign-label=s3cret; HttpOnly; Path=/")
-    assert tunnel.call("GET", "/?key=s3cret", host="label.example").headers["set-cookie"].endswith("; Secure")
+    enter = tunnel.call("GET", "/?key=s3cret", host="label.example")
+    assert enter.headers["set-cookie"] == "diffalign-label=s3cret; HttpOnly; Path=/; SameSite=lax; Secure"
     assert tunnel.call("GET", "/?key=s3cret", host="[x").status_code == 303
 
 
@@ -358,6 +359,8 @@ def test_export_is_what_the_offline_methods_read(tmp_path: Path, files: Path, ru
     again = run_cli("pairs", "--from-labels", folder / "labels.sqlite", "--output", "out")
     assert again.status == 2
     assert "out exists already, and is never overwritten" in again.err
+    with whole_by_one(tmp_path / "o3"), pytest.raises(InputError, match="o3 is being written by another process"):
+        export(page.labels, tmp_path / "o3")
     (folder / "images/0-1.png").write_bytes((folder / "images/0-2.png").read_bytes())
     assert "0-1.png has changed since people judged it" in run_cli("pairs", "--from-labels", folder / "labels.sqlite", "--output", "o2").err
     assert not (tmp_path / "o2").exists()
