@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from diffalign.checkpoint import occupied
 from diffalign.console import say, say_notes
 from diffalign.data import PicturePrompt, check_fit, read_prompts, text_of
 from diffalign.errors import InputError
@@ -27,7 +28,7 @@ def make_edits(settings: Settings, folder: Path, samples: int) -> Path:
         raise InputError(f"--samples is {samples}: give 1 or more.")
     if settings.prompts is None:
         raise InputError('No prompts: give --prompts FILE.jsonl of lines such as {"prompt": "make it red", "image": "picture.png"}.')
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if occupied(folder):
         raise InputError(f"{folder} exists already: choose another --output, or remove it.")
     prompts = [prompt for prompt in read_prompts(settings.prompts) for _ in range(samples)]
     policy = make_policy(settings, train=False)

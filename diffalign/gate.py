@@ -29,6 +29,14 @@ class Limits:
     hosts: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True)
+class Words:
+    """How a server says whom and what it refuses: `host` with the name that it was called by, `large` with the bytes and their limit."""
+
+    host: str = "This server has no token, and answers to the names of this machine alone, not to '{}'."
+    large: str = "A body of {:,} bytes: this server takes at most {:,}. Send fewer items at once."
+
+
 @dataclass
 class Gate:
     """What a request passes before the application sees it: the host it names, the token, how large it says it is, how fast it comes.
@@ -38,6 +46,7 @@ class Gate:
 
     app: FastAPI
     limits: Limits
+    words: Words = Words()
     held: int = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -68,7 +77,7 @@ class Gate:
             except ValueError:  # of a bracket that is not closed
                 host = ""
             if not (is_loopback(host) or host in limits.hosts):  # a web page that had its own name point here
-                return 403, f"This server has no token, and answers to the names of this machine alone, not to '{host[:100]}'."
+                return 403, self.words.host.format(host[:100])
         else:
             given = headers.get("authorization", "").encode("latin-1")
             if not hmac.compare_digest(given, f"Bearer {limits.token}".encode("latin-1")):
@@ -76,7 +85,7 @@ class Gate:
         if "transfer-encoding" in headers or (method == "POST" and "content-length" not in headers):
             return 411, "Say how long the body is, in Content-Length."
         if length > limits.max_bytes:
-            return 413, f"A body of {length:,} bytes: this server takes at most {limits.max_bytes:,}. Send fewer items at once."
+            return 413, self.words.large.format(length, limits.max_bytes)
         if self.held + length > 8 * limits.max_bytes:
             return 503, "Too many requests are being received: try again."
         return None

@@ -56,7 +56,7 @@ class Gathered:
 
     @property
     def sounds(self) -> bool:
-        return is_sound(self.asked[0].samples[0].path)
+        return is_wav(self.asked[0].samples[0].path)
 
     def fingerprint(self) -> str:
         """Of prompts and files; not of where the folders lie."""
@@ -82,7 +82,7 @@ def gather(folders: Sequence[str | Path]) -> Gathered:
             own = found.setdefault(key, [])
             own.extend(medium for medium in media if medium not in own)
     asked = tuple(Asked(*key[:2], *about[key], tuple(media)) for key, media in found.items())
-    kinds = {is_sound(each.path) for one in asked for each in one.samples}
+    kinds = {is_wav(each.path) for one in asked for each in one.samples}
     if len(kinds) > 1:
         raise InputError("There are both pictures and sounds: give folders of one kind.")
     return Gathered(_names(roots), roots, asked)
@@ -92,10 +92,10 @@ def check(gathered: Gathered) -> None:
     """Open every medium; raises InputError with the file for one that is damaged."""
     for medium in gathered.media:
         path = gathered.roots[medium.model] / medium.path
-        (decode_wav if is_sound(medium.path) else decode_image)(path.read_bytes(), str(path))
+        (decode_wav if is_wav(medium.path) else decode_image)(path.read_bytes(), str(path))
 
 
-def is_sound(path: str) -> bool:
+def is_wav(path: str) -> bool:
     return path.lower().endswith(".wav")
 
 
@@ -107,7 +107,7 @@ def note(folder: Path, prompts: Sequence[Prompt], paths: Sequence[Path]) -> None
             name = str(path.relative_to(folder))
             if name not in known:
                 said = {"transcript": prompt.transcript} if isinstance(prompt, SpokenPrompt) else {}
-                what = {"sounds": [name]} if is_sound(name) else {"images": [name]}
+                what = {"sounds": [name]} if is_wav(name) else {"images": [name]}
                 opened.write(json.dumps({"prompt": text_of(prompt), **said, **what}, ensure_ascii=False) + "\n")
 
 

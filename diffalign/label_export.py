@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from diffalign.cache import digest
-from diffalign.checkpoint import whole
+from diffalign.checkpoint import occupied, whole_by_one
 from diffalign.errors import InputError
 from diffalign.label_results import agreement, verdicts
 from diffalign.labels import Answer, Labels
@@ -58,7 +58,7 @@ def export(labels: Labels, output: Path) -> str:
 
     Raises InputError where nothing was judged, a sample is gone or has changed, and where `output` holds something.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if occupied(output):
         raise InputError(f"{output} exists already, and is never overwritten: choose another --output.")
     answers = labels.answers()
     found = majority(answers)
@@ -66,8 +66,7 @@ def export(labels: Labels, output: Path) -> str:
         raise InputError(f"{labels.path} gives no pairs: {len(answers):,} answers, {found.in_words()} Label more: diffalign label.")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with whole(output) as draft:
-            draft.mkdir()
+        with whole_by_one(output) as draft:
             _write(labels, found, answers, draft)
     except OSError as error:
         raise InputError(f"{output} cannot be written ({error.strerror}): choose another --output.") from error

@@ -10,18 +10,21 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Generator, Tensor
 
 from diffalign.cache import digest
+from diffalign.checkpoint import occupied
 from diffalign.console import say, say_notes
-from diffalign.data import PicturePrompt, Prompt, check_fit, known_as, rate_of, read_prompts
+from diffalign.data import PicturePrompt, Prompt, batch_of, check_fit, known_as, rate_of, read_prompts
 from diffalign.errors import InputError
-from diffalign.evaluate import sample
 from diffalign.gathering import note, noted
 from diffalign.making import OF_THE_MACHINE, Making, is_run, preset_of, settings_of
 from diffalign.media import to_pil
 from diffalign.models import make_policy
 from diffalign.run import Run
+from diffalign.sampling import ddim, rollout
 from diffalign.sound import write_wav
+from diffalign.types import Policy
 
 MADE = "samples.yaml"
 
@@ -52,9 +55,8 @@ def settle(pipelines: Sequence[str], folder: Path, given: Mapping[str, Any]) -> 
 
 def make(path: Path, making: Making, prompts: Sequence[Prompt], samples: int) -> None:
     """Make what is missing of `samples` of each prompt in the folder `path`: what a kill has left is gone on with."""
-    wanted = [(j, start) for j in range(samples) for start in range(0, len(prompts), making.batch_size)]
-    done = {name.rpartition(".")[0] for name in noted(path)}
-    missing = [(j, start) for j, start in wanted if not {_stem(i, j) for i in _rows(start, making, prompts)} <= done]
+    done = {name.rpartition(".")[0] for name in noted(path) if (path / name).is_file()}
+    missing = [(i, j) for j in range(samples) for i in range(len(prompts)) if _stem(i, j) not in done]
     if not missing:
         return
     pipe = Run.open(making.pipeline).pipeline if is_run(making.pipeline) else None
@@ -69,24 +71,32 @@ def make(path: Path, making: Making, prompts: Sequence[Prompt], samples: int) ->
         os.replace(draft, path / MADE)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}): choose another --output.") from error
-    for count, (j, start) in enumerate(missing, 1):
-        own = _rows(start, making, prompts)
-        seed = int(digest(f"{making.seed} {j} {start}")[:15], 16)  # not of the model: all start from the same noise
-        with torch.no_grad():
-            media = sample(policy, [prompts[i] for i in own], steps=making.sample_steps, seed=seed, batch_size=making.batch_size)
-        files = [path / f"{_stem(i, j)}.{'wav' if rate_of(policy) else 'png'}" for i in own]
+    batches = [missing[start : start + making.batch_size] for start in range(0, len(missing), making.batch_size)]
+    for count, batch in enumerate(batches, 1):
+        own = [prompts[i] for i, _ in batch]
+        media = _sample(policy, own, [_seed(making.seed, i, j) for i, j in batch], making.sample_steps)
+        files = [path / f"{_stem(i, j)}.{'wav' if rate_of(policy) else 'png'}" for i, j in batch]
         for file, medium in zip(files, media, strict=True):
             if (rate := rate_of(policy)) is not None:
                 write_wav(file, medium, rate)
             else:
                 to_pil(medium).save(file)
-        note(path, [prompts[i] for i in own], files)
-        if count % 10 == 0 or count == len(missing):
-            say(f"{path}: {count:,} of {len(missing):,} batches")
+        note(path, own, files)
+        if count % 10 == 0 or count == len(batches):
+            say(f"{path}: {count:,} of {len(batches):,} batches")
 
 
-def _rows(start: int, making: Making, prompts: Sequence[Prompt]) -> range:
-    return range(start, min(start + making.batch_size, len(prompts)))
+@torch.no_grad()
+def _sample(policy: Policy, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int) -> Tensor:
+    """Media of the prompts on the CPU, deterministic given each one's seed, whatever else is in the batch."""
+    condition = policy.encode(batch_of(prompts, policy))
+    noise = [policy.prior(condition[i : i + 1], Generator().manual_seed(seed)) for i, seed in enumerate(seeds)]
+    return policy.decode(rollout(policy, condition, steps=steps, kernel=ddim(0.0), start=torch.cat(noise)).final).cpu()
+
+
+def _seed(seed: int, i: int, j: int) -> int:
+    """Of the j-th sample of the i-th prompt; not of the model or its batches: all start from the same noise."""
+    return int(digest(f"{seed} {i} {j}")[:15], 16)
 
 
 def _stem(i: int, j: int) -> str:
@@ -95,13 +105,13 @@ def _stem(i: int, j: int) -> str:
 
 def _settings(making: Making, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """What decides what the samples are; more of each may be made later."""
-    own = {key: value for key, value in asdict(making).items() if key not in ("pairs", "samples", "prompts", *OF_THE_MACHINE)}
+    own = {key: value for key, value in asdict(making).items() if key not in ("pairs", "samples", "prompts", "batch_size", *OF_THE_MACHINE)}
     return {**own, "prompts": digest(*map(known_as, prompts))}
 
 
 def _check(path: Path, making: Making, prompts: Sequence[Prompt]) -> None:
     """Raise InputError for a folder that was made otherwise."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if not occupied(path):
         return
     try:
         before = yaml.safe_load((path / MADE).read_text(encoding="utf-8"))

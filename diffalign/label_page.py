@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any, Literal
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 import uvicorn
 from fastapi import FastAPI, HTTPException
@@ -24,8 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from diffalign import comparing
 from diffalign.arena import skills_of
 from diffalign.errors import InputError
-from diffalign.gate import Gate, Limits, patient
-from diffalign.gathering import is_sound
+from diffalign.gate import Gate, Limits, Words, patient
+from diffalign.gathering import is_wav
 from diffalign.label_results import agreement, rankings
 from diffalign.labels import Conflict, Labels
 from diffalign.listening import outlived
@@ -42,10 +42,14 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+WORDS = Words(
+    host="This page answers to the addresses that diffalign label has printed, not to '{}': name that with --allow-origin.",
+    large="{:,} bytes: this page takes at most {:,}.",
+)
 
 
 class Rater(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)  # else true would be comparison 1
     rater: str = Field(min_length=1, max_length=200)
 
 
@@ -128,7 +132,7 @@ class Asking:
         path = root / media[number].path
         if not path.resolve().is_relative_to(root.resolve()) or not path.is_file():
             raise HTTPException(404, f"{media[number].path} is gone.")
-        kind = "audio/wav" if is_sound(path.name) else SHOWN.get(path.suffix.lower())
+        kind = "audio/wav" if is_wav(path.name) else SHOWN.get(path.suffix.lower())
         cached = {"Cache-Control": "private, max-age=3600"}
         if kind is not None:
             return FileResponse(path, media_type=kind, headers=cached)
@@ -226,22 +230,39 @@ class Fence:
 
     def _refusal(self, scope: Any) -> Response | None:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        host = headers.get("host", "").lower()
         if self.key is not None:
             given = parse_qs(scope["query_string"].decode("latin-1")).get("key", [""])[0]
             if scope["path"] == "/" and _same(given, self.key):
                 answer = RedirectResponse("/", 303)  # the link's key does not stay in the address
-                answer.set_cookie("diffalign-label", self.key, httponly=True, samesite="lax", max_age=30 * 86_400)
+                secure = scope["scheme"] == "https" or f"https://{host}" in self.origins
+                answer.set_cookie(_cookie(host), self.key, httponly=True, samesite="lax", secure=secure)
                 return answer
             cookies = dict(part.strip().partition("=")[::2] for part in headers.get("cookie", "").split(";"))
-            if not _same(cookies.get("diffalign-label", ""), self.key):
+            if not _same(cookies.get(_cookie(host), ""), self.key):
                 return PlainTextResponse("This page wants the whole link that diffalign label has printed, with its key.", 401)
         if scope["method"] in ("GET", "HEAD"):
             return None
         origin, site = headers.get("origin"), headers.get("sec-fetch-site", "same-origin")
-        own = origin is None or urlsplit(origin).netloc == headers.get("host", "") or origin in self.origins
+        own = origin is None or origin in self.origins or ((parts := _split(origin)) is not None and parts.netloc == host)
         if own and (site == "same-origin" or origin in self.origins):
             return None
         return JSONResponse({"detail": f"Answers come from this page alone, not from {(origin or 'elsewhere')[:100]}."}, 403)
+
+
+def _cookie(host: str) -> str:
+    """A browser sends a host's cookies to all of its ports: each has a name of its own, or one page would put its key over another's."""
+    parts = _split(f"//{host}")
+    return f"diffalign-label-{'' if parts is None else parts.port or ''}".rstrip("-")
+
+
+def _split(url: str) -> SplitResult | None:
+    """None of what is no address: a bracket that is not closed, a port that is none."""
+    try:
+        parts = urlsplit(url)
+        return parts if parts.port is None or parts.port else None
+    except ValueError:
+        return None
 
 
 def _same(given: str, key: str) -> bool:
@@ -251,7 +272,7 @@ def _same(given: str, key: str) -> bool:
 def guarded(app: FastAPI, *, origins: Sequence[str] = (), host: str = "127.0.0.1", key: str | None = None, timeout: float = 30.0) -> Fence:
     """The page with all that stands before it; it answers to the names of this machine, to `host` and to those in `origins`."""
     names = {urlsplit(origin).hostname or "" for origin in origins} | ({host} if host not in ("0.0.0.0", "::") else set())
-    return Fence(Gate(app, Limits(max_bytes=MAX_BYTES, timeout=timeout, hosts=frozenset(names))), frozenset(origins), key)
+    return Fence(Gate(app, Limits(max_bytes=MAX_BYTES, timeout=timeout, hosts=frozenset(names)), WORDS), frozenset(origins), key)
 
 
 def make_server(fence: Fence, timeout: float = 30.0) -> uvicorn.Server:
@@ -269,8 +290,8 @@ def serve(fence: Fence, sockets: Sequence[socket.socket]) -> None:
 def check_origins(origins: Sequence[str], host: str) -> None:
     """Raise InputError for what is no origin, and for a `host` of every address without one."""
     for origin in origins:
-        parts = urlsplit(origin)
-        if parts.scheme not in ("http", "https") or not parts.hostname or origin != f"{parts.scheme}://{parts.netloc}":
+        parts = _split(origin)
+        if parts is None or parts.scheme not in ("http", "https") or not parts.hostname or origin != f"{parts.scheme}://{parts.netloc}":
             raise InputError(f"--allow-origin {origin}: give the address of the page up to the port, such as http://192.168.1.5:8771.")
     if host in ("0.0.0.0", "::") and not origins:
         raise InputError(f"--host {host} is every address of this machine: say by which one people come: --allow-origin http://NAME:PORT.")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -69,6 +70,20 @@ class Labels:
         labels._check_format()
         return labels
 
+    @staticmethod
+    def begun(path: Path) -> bool:
+        """Whether there is a database at `path`. Where there is none, or an empty one, as a kill may leave it, one can be begun: raises
+        InputError where it cannot be written."""
+        if path.exists():
+            with closing(_connect(path)) as sql, _said(path):
+                return sql.execute("select count(*) from sqlite_master").fetchone()[0] > 0
+        try:
+            with tempfile.TemporaryDirectory(prefix=".labels-", dir=path.parent) as folder:
+                _connect(Path(folder) / path.name).close()
+        except OSError as error:
+            raise InputError(f"{path} cannot be written ({error.strerror}): choose another --labels.") from error
+        return False
+
     @classmethod
     def begin(cls, path: Path, gathered: Gathered, comparisons: list[Comparison], settings: Mapping[str, Any]) -> Labels:
         """A new database of these comparisons; one that another process made meanwhile is taken as it is. Raises InputError where it
@@ -101,6 +116,12 @@ class Labels:
             known = {"format": FORMAT, "fingerprint": gathered.fingerprint(), "models": json.dumps(gathered.models), **_places(gathered)}
             sql.executemany("insert into meta values (?, ?)", [*known.items(), ("settings", json.dumps(dict(settings)))])
         return labels
+
+    def check_settings(self, given: Mapping[str, Any]) -> None:
+        """Raise InputError where one of the settings that are given, those that are not None, is another than that of the comparisons."""
+        if other := [name for name, value in given.items() if value not in (None, self.settings[name])]:
+            were = ", ".join(f"--{name} {self.settings[name]}" for name in other)
+            raise InputError(f"{self.path} was begun with {were}: leave that out, or begin another database: --labels OTHER.sqlite.")
 
     def check_same(self, gathered: Gathered) -> None:
         """Raise InputError where the folders hold other samples than those the database was begun on; else note where they lie now."""
@@ -201,8 +222,11 @@ class Labels:
             return self._sql.execute(query, given).fetchall()
 
     def _check_format(self) -> None:
-        known = self._rows("select 1 from sqlite_master where name = 'meta'")
-        if not known or self._rows("select value from meta where key = 'format'") != [(FORMAT,)]:
+        tables = {name for (name,) in self._rows("select name from sqlite_master")}
+        if not tables:
+            self.close()
+            raise InputError(f"{self.path} is an empty database: diffalign label FOLDER --labels {self.path} begins it.")
+        if "meta" not in tables or self._rows("select value from meta where key = 'format'") != [(FORMAT,)]:
             self.close()
             raise InputError(f"{self.path} is a database, and none of labels: choose another --labels.")
 

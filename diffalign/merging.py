@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from diffalign import low_rank, registry
-from diffalign.checkpoint import occupied, whole
+from diffalign.checkpoint import occupied, whole_by_one
 from diffalign.console import say
 from diffalign.errors import InputError
 from diffalign.flags import parameters
@@ -149,7 +149,7 @@ def _write(output: Path, terms: Sequence[tuple[Run, float]], update: Update, how
     told = {key: value for key, value in how.items() if value is not None}
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with whole(output) as draft:
+        with whole_by_one(output) as draft:
             # names in the header, which is handed on with the weights; in config.yaml, which stays here, folders
             rank = low_rank.write(draft / "lora", update, {"runs": named, **told})
             kept = {k: v for k, v in first.config.items() if k not in ("guard", "processes", "versions", "merged", "lora", "eval_rewards")}
@@ -175,7 +175,7 @@ def _notes(runs: Sequence[Run], lost: float | None, held: int, dropped: int, lef
         yield f"The cut to that rank loses {lost:.2%} of the update's squared norm."
     for run in runs[1:]:
         ours, theirs = ({n: vars(r.plan.settings)[n] for n in SAMPLING} | {"sample_steps": r.plan.sample_steps} for r in (first, run))
-        if other := [f"{name} {theirs[name]}" for name in ours if ours[name] != theirs[name]]:
+        if other := [f"{name} {theirs[name]!r}" for name in ours if ours[name] != theirs[name]]:
             yield f"{run.path} was sampled with {', '.join(other)}: here it is as {first.path} has it."
         if run.plan.suffix != first.plan.suffix:
             yield f"{run.path} adds '{run.plan.suffix}' to its prompts: here it is '{first.plan.suffix}', as {first.path} has it."

@@ -64,7 +64,7 @@ class Run:
     @staticmethod
     def refuse_existing(path: Path) -> None:
         """Raise InputError where there is something at `path` already: a run is never overwritten."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if checkpoint.occupied(path):
             raise InputError(f"{path} exists already, and a run is never overwritten: choose another --output, or --resume {path}.")
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 from pathlib import Path
@@ -109,6 +110,34 @@ def test_every_public_name_stands_in_the_reference() -> None:
         for target in re.findall(r"::: diffalign\.(\S+)\.(\w+)\n", "".join(docs_site.classes(kind))):
             file = TOP / (target[0].replace(".", "/") + ".py" if kind == "rewards" else f"diffalign/{target[0].replace('.', '/')}.py")
             assert f"class {target[1]}" in file.read_text(encoding="utf-8")
+
+
+def test_pages_and_examples_open_the_embedded_models_by_name() -> None:
+    """A path in the checkout is none in an installed package."""
+    pages = [*(TOP / "docs").glob("shapes*.md"), *(TOP / "docs" / "examples").iterdir()]
+    assert [page.name for page in pages if page.is_file() and re.search(r'assets(/|" / ")shapes[\w-]*"', page.read_text("utf-8"))] == []
+    assert sum("diffalign.model_folder(" in page.read_text("utf-8") for page in pages if page.is_file()) >= 5
+
+
+def missing(targets: list[str]) -> list[str]:
+    """The targets of `:::` that cannot be imported."""
+    lost = list[str]()
+    for target in targets:
+        module, _, name = target.rpartition(".")
+        try:
+            found = hasattr(importlib.import_module(module), name) or importlib.util.find_spec(target) is not None
+        except ModuleNotFoundError:
+            found = False
+        lost += [] if found else [target]
+    return lost
+
+
+def test_what_the_reference_names_can_be_imported() -> None:
+    pages = [page.read_text(encoding="utf-8") for page in sorted((TOP / "docs" / "reference").glob("*.md"))]
+    targets = re.findall(r"^::: (\S+)", "".join([*pages, *docs_site.classes("methods"), *docs_site.classes("rewards")]), re.MULTILINE)
+    assert len(targets) > 40
+    assert missing(targets) == []
+    assert missing(["diffalign.noise", "diffalign.noise.Gone", "diffalign.gone.Gone"]) == ["diffalign.noise.Gone", "diffalign.gone.Gone"]
 
 
 def test_a_comment_behind_a_field_is_its_docstring() -> None:

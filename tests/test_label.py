@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -16,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
 import pytest
+import torch
 import yaml
 from labelled import Page, begin, write_folder, write_sounds
 from PIL import Image
 from served import at_once
 
 from diffalign import examples, gathering
+from diffalign.checkpoint import whole_by_one
 from diffalign.comparing import plan, shown
 from diffalign.errors import InputError
 from diffalign.label_export import export, majority
@@ -153,6 +157,8 @@ def test_an_answer_is_taken_once(page: Page) -> None:
         ({"ranks": [0] * 9}, "at most 4 items"),
         ({"comparison": 99}, "There is no comparison 99."),
         ({"comparison": "x"}, "valid integer"),
+        ({"comparison": True}, "valid integer"),
+        ({"ranks": [False, True]}, "valid integer"),
         ({"rater": " "}, "1 to 40 characters"),
         ({"rater": "x" * 41}, "1 to 40 characters"),
         ({"rater": "a\u202eb"}, "1 to 40 characters"),
@@ -174,13 +180,18 @@ def test_who_is_kept_out(page: Page) -> None:
 
     assert page.call("GET", "/", host="attacker.example").status_code == 403, "a name that was made to point here"
     assert page.call("GET", "/media/0", host="attacker.example:8771").status_code == 403
+    said_so = page.call("GET", "/", host="attacker.example").json()["detail"]
+    assert said_so.startswith("This page answers to the addresses that diffalign label has printed, not to 'attacker.example'")
+    for broken in ("http://[x", "http://a:b", "http://a:99999"):
+        assert post(Origin=broken) == 403, broken
     assert post("attacker.example") == 403
     assert post(Origin="https://attacker.example") == 403
     assert post(Origin="http://127.0.0.1:9999") == 403, "another page on this machine"
     assert post(Origin="null") == 403
     assert post(**{"Sec-Fetch-Site": "cross-site"}) == 403
     assert page.call("POST", "/undo", json={"rater": "Ada"}, headers={"Origin": "https://a.example"}).status_code == 403
-    assert page.call("POST", "/answer", content=b"x" * 20_000).status_code == 413
+    large = page.call("POST", "/answer", content=b"x" * 20_000)
+    assert (large.status_code, large.json()["detail"]) == (413, "20,000 bytes: this page takes at most 16,384.")
     assert page.labels.answers() == []
     assert post(Origin="http://127.0.0.1:8771", **{"Sec-Fetch-Site": "same-origin"}) == 200
     tunnel = Page(page.labels, origins=["https://label.example"])
@@ -195,10 +206,15 @@ def test_a_key_stands_before_everything(page: Page) -> None:
         assert keyed.call("GET", path, host="192.168.1.5:8771").status_code == 401, path
     enter = keyed.call("GET", "/?key=s3cret", host="192.168.1.5:8771")
     assert (enter.status_code, enter.headers["location"]) == (303, "/")
-    assert "HttpOnly" in enter.headers["set-cookie"]
+    assert enter.headers["set-cookie"] == "diffalign-label-8771=s3cret; HttpOnly; Path=/; SameSite=lax", "gone with the browser"
     cookie = {"Cookie": enter.headers["set-cookie"].partition(";")[0]}
     assert keyed.call("GET", "/media/0", host="192.168.1.5:8771", headers=cookie).status_code == 200
-    assert keyed.call("GET", "/media/0", host="attacker.example", headers=cookie).status_code == 403
+    assert keyed.call("GET", "/media/0", host="192.168.1.5:9", headers=cookie).status_code == 401, "a cookie of another port's page"
+    assert keyed.call("GET", "/media/0", host="attacker.example:8771", headers=cookie).status_code == 403
+    tunnel = Page(page.labels, origins=["https://label.example"], key="s3cret")
+    enter = tunnel.call("GET", "/?key=s3cret", host="label.example")
+    assert enter.headers["set-cookie"] == "diffalign-label=s3cret; HttpOnly; Path=/; SameSite=lax; Secure"
+    assert tunnel.call("GET", "/?key=s3cret", host="[x").status_code == 303
 
 
 def test_only_its_own_files_and_nothing_from_elsewhere(page: Page, tmp_path: Path) -> None:
@@ -343,6 +359,8 @@ def test_export_is_what_the_offline_methods_read(tmp_path: Path, files: Path, ru
     again = run_cli("pairs", "--from-labels", folder / "labels.sqlite", "--output", "out")
     assert again.status == 2
     assert "out exists already, and is never overwritten" in again.err
+    with whole_by_one(tmp_path / "o3"), pytest.raises(InputError, match="o3 is being written by another process"):
+        export(page.labels, tmp_path / "o3")
     (folder / "images/0-1.png").write_bytes((folder / "images/0-2.png").read_bytes())
     assert "0-1.png has changed since people judged it" in run_cli("pairs", "--from-labels", folder / "labels.sqlite", "--output", "o2").err
     assert not (tmp_path / "o2").exists()
@@ -389,6 +407,8 @@ def test_the_table_of_models(tmp_path: Path, run_cli: Callable[..., Any]) -> Non
 
 # --- what is wrong is said
 
+MADE_FIRST = ("--pipeline", "shapes", "--prompts", "prompts.txt", "--output", "new")
+
 
 @pytest.mark.parametrize(
     ("flags", "says"),
@@ -409,18 +429,27 @@ def test_the_table_of_models(tmp_path: Path, run_cli: Callable[..., Any]) -> Non
         (["mine", "--choose", "uncertain"], "--choose uncertain is between models, and there is one"),
         (["mine", "--host", "0.0.0.0"], "say by which one people come: --allow-origin http://NAME:PORT"),
         (["mine", "--allow-origin", "label.example"], "--allow-origin label.example: give the address of the page"),
-        (["mine", "--labels", "none/labels.sqlite"], "cannot be used (unable to open database file)"),
+        (["mine", "--allow-origin", "http://[x"], "--allow-origin http://[x: give the address of the page"),
+        (["mine", "--allow-origin", "http://a:99999"], "--allow-origin http://a:99999: give the address of the page"),
+        (["mine", "--labels", "none/labels.sqlite"], "none/labels.sqlite cannot be written (No such file or directory): choose another"),
+        ([*MADE_FIRST, "--labels", "none/labels.sqlite"], "none/labels.sqlite cannot be written (No such file or directory)"),
+        ([*MADE_FIRST, "--labels", "prompts.txt"], "is no database of labels, or a damaged one"),
+        ([*MADE_FIRST, "--labels", "begun.sqlite", "--compare", "3"], "begun.sqlite was begun with --compare 2: leave that out"),
+        ([*MADE_FIRST, "--choose", "uncertain"], "--choose uncertain is between models, and there is one"),
+        ([*MADE_FIRST, "empty"], "holds no samples: expected samples.jsonl"),
         (["mine", "--labels", "prompts.txt"], "is no database of labels, or a damaged one"),
         (["mine", "--labels", "foreign.sqlite"], "is a database, and none of labels"),
         (["mine", "--samples", "3"], "--samples is about making samples: give --pipeline too"),
         (["--pipeline", "shapes", "--prompts", "prompts.txt"], "say where the samples go, --output DIR"),
         (["--pipeline", "shapes", "--prompts", "prompts.txt", "--output", "."], "shapes exists already, and was not made by"),
         (["--pipeline", "no-such-folder/x/y", "--prompts", "prompts.txt", "--output", "o"], "no-such-folder"),
+        (["--table", "empty.sqlite"], "empty.sqlite is an empty database: diffalign label FOLDER --labels empty.sqlite begins it."),
         (["--table", "none.sqlite"], "There is no database none.sqlite: diffalign label FOLDER makes one."),
     ],
 )  # fmt: skip
 def test_bad_input(flags: list[str], says: str, tmp_path: Path, run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffalign.label_page.serve", lambda *_: pytest.fail("It serves the page."))
+    monkeypatch.setattr("diffalign.label_making.make", lambda *_: pytest.fail("It makes samples."))
     for name, samples in (("mine", 2), ("single", 1), ("damaged", 2), ("gone", 2), ("outside", 2)):
         write_folder(tmp_path / name, ["a"], samples)
     write_folder(tmp_path / "other", ["b"], 1)
@@ -436,6 +465,8 @@ def test_bad_input(flags: list[str], says: str, tmp_path: Path, run_cli: Callabl
     (tmp_path / "gone/images/0-1.png").unlink()
     (tmp_path / "outside/samples.jsonl").write_text('{"prompt": "a", "images": ["../mine/images/0-0.png", "images/0-1.png"]}\n')
     sqlite3.connect(tmp_path / "foreign.sqlite").execute("create table mine (a)")
+    (tmp_path / "empty.sqlite").touch()
+    begin(tmp_path / "mine", labels=tmp_path / "begun.sqlite").close()
     outcome = run_cli("label", *flags, "--port", "0")
     assert outcome.status == 2, outcome.err
     assert says in outcome.err
@@ -459,6 +490,21 @@ def test_a_database_of_other_samples_or_settings(tmp_path: Path, run_cli: Callab
     outcome = run_cli("label", moved, "--port", 0)
     assert outcome.status == 2
     assert "was begun on other samples: 1 have changed. Give its own folders" in outcome.err
+
+
+@pytest.mark.parametrize("left", ["empty", "wal"])
+def test_a_database_that_was_cut_off_before_its_first_commit_is_begun(
+    left: str, tmp_path: Path, run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_folder(tmp_path / "mine")
+    (folder / "labels.sqlite").touch()
+    if left == "wal":  # killed between the first statement and the commit
+        sqlite3.connect(folder / "labels.sqlite").execute("pragma journal_mode = wal")
+    monkeypatch.setattr("diffalign.label_page.serve", lambda *_: None)
+    outcome = run_cli("label", folder, "--port", 0)
+    assert outcome.status == 0, outcome.err
+    assert len(Labels.open(folder / "labels.sqlite").comparisons) == 3
+    assert not list(folder.glob(".labels-*"))
 
 
 def test_a_port_in_use_and_a_missing_extra(tmp_path: Path, run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -516,10 +562,13 @@ def test_origins() -> None:
 # --- where samples come from
 
 
-def test_samples_of_models_are_made_and_gone_on_with(files: Path, tmp_path: Path, run_cli: Callable[..., Any]) -> None:
-    """Two models, same prompts and noise; and what `Run.sample` writes is a folder of samples too."""
+def test_samples_of_models_are_made_and_gone_on_with(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two models whose own settings have other batches, same prompts and noise; and what `Run.sample` writes is a folder of samples too."""
     import diffalign
     from diffalign import label_making
+
+    starts, rollout = list[torch.Tensor](), label_making.rollout
+    monkeypatch.setattr(label_making, "rollout", lambda *given, **named: starts.append(named["start"]) or rollout(*given, **named))
 
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a dog\na cat\na hen\n")
@@ -527,10 +576,13 @@ def test_samples_of_models_are_made_and_gone_on_with(files: Path, tmp_path: Path
         files / "model", reward=f"{files}/rewards.py:red", prompts=str(files / "prompts.txt"), steps=1, inference_steps=2, eval_size=0,
         learning_rate=0.1, guidance_scale=1.0, batch_size=2, output=tmp_path / "tuned",
     )  # fmt: skip
-    given = {"prompts": str(prompts), "sample_steps": 2, "batch_size": 2, "guidance_scale": 1.0, "seed": 3}
+    given = {"prompts": str(prompts), "sample_steps": 2, "guidance_scale": 1.0, "seed": 3}
     settled = label_making.settle([str(files / "model"), str(run.path)], tmp_path / "made", given)
     for path, (making, asked) in settled.items():
         label_making.make(path, making, asked, 1)
+    assert list(map(len, starts)) == [3, 2, 1]
+    assert torch.equal(starts[0], torch.cat(starts[1:])), "of the same prompt both start from the same noise"
+    assert len({start.numpy().tobytes() for start in starts[0]}) == 3
     gathered = gathering.gather(list(settled))
     assert gathered.models == ("model", "tuned")
     assert [len(asked.samples) for asked in gathered.asked] == [2, 2, 2]
@@ -541,9 +593,17 @@ def test_samples_of_models_are_made_and_gone_on_with(files: Path, tmp_path: Path
     with (model / "samples.jsonl").open("r+b") as file:  # killed within the last line
         file.truncate(file.seek(0, 2) - 5)
     (model / "samples/000003-0.png").unlink()
-    making, asked = settled[model]
-    label_making.make(model, making, asked, 1)
-    assert {path.name: path.read_bytes() for path in (model / "samples").iterdir()} == before
+    (model / "samples/000001-0.png").unlink()
+    starts.clear()
+    ((path, (making, asked)),) = label_making.settle([str(files / "model")], tmp_path / "made", {**given, "batch_size": 1}).items()
+    label_making.make(path, making, asked, 1)
+    assert list(map(len, starts)) == [1, 1], "what is there already is not made again"
+    after = {path.name: path.read_bytes() for path in (model / "samples").iterdir()}
+    assert after.keys() == before.keys()
+    assert after["000002-0.png"] == before["000002-0.png"]
+    for name in ("000001-0.png", "000003-0.png"):
+        pixels = (np.array(Image.open(io.BytesIO(data)), int) for data in (after[name], before[name]))
+        assert abs(np.subtract(*pixels)).max() <= 1, "the same noise in another batch"
     with pytest.raises(InputError, match="No prompts: give --prompts FILE"):
         label_making.settle([str(files / "model")], tmp_path / "made", {})
     with pytest.raises(InputError, match=r"was made with other settings \(seed\)"):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from labelled import begin, write_folder, write_sounds
+from PIL import Image
 
 from diffalign.label_page import Asking, guarded, make_app, make_server
 from diffalign.labels import Labels
@@ -101,9 +102,10 @@ def test_label_export_train(chromium: Any, tmp_path: Path, files: Path, run_cli:
         assert NASTY in texts, "shown as what it is"
         assert page.evaluate("typeof hacked") == "undefined"
         with opened(chromium, url, "Bob", phone=True) as phone:
+            assert phone.locator("#stage.wide").count() == 0
             phone.tap(".card:nth-child(1)")
             shows(phone, "#count", "1 of 5")
-            shows(phone, "#agreement", "of 1 common pairs")
+            shows(phone, "#agreement", "of 1 common pair")
             phone.tap("#undo")
             shows(phone, "#count", "0 of 5")
     sides = [answer.ranks for answer in labels.answers("Ada")]
@@ -116,6 +118,16 @@ def test_label_export_train(chromium: Any, tmp_path: Path, files: Path, run_cli:
     assert outcome.status == 0, outcome.err
     (row,) = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert row["grad_norm"] > 0
+
+
+def test_wide_pictures_lie_above_one_another_on_a_phone(chromium: Any, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "mine", ["a dog"], samples=3)
+    for path in (folder / "images").iterdir():
+        Image.open(path).resize((320, 180)).save(path)
+    with served(begin(folder, compare=3)) as url, opened(chromium, url, "Ada", phone=True) as page:
+        widths = [box["width"] for box in (card.bounding_box() for card in page.locator(".card").all())]
+        assert len(widths) == 3
+        assert min(widths) > 300
 
 
 def test_sounds_are_played_and_ranked_by_keys(chromium: Any, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from torch import Generator, Tensor, nn
 
 import diffalign
 from diffalign import bare, low_rank
+from diffalign.checkpoint import whole_by_one
 from diffalign.errors import InputError
 from diffalign.lora import WEIGHTS, LoRA
 from diffalign.low_rank import Factors
@@ -304,6 +305,18 @@ def test_a_weight_of_zero_costs_no_rank_and_the_first_run_stays_the_first(runs: 
     run = diffalign.merge([runs / "one", runs / "two"], [0, 1], output=tmp_path / "run")
     assert_is(run.path, files, [(1.0, TWO, runs / "two")])
     assert (run.config["lora"]["rank"], run.config["guidance_scale"]) == (3, 2.0)
+
+
+def test_one_process_at_a_time_writes_a_folder(runs: Path, tmp_path: Path) -> None:
+    with whole_by_one(tmp_path / "run"), pytest.raises(InputError, match="run is being written by another process"):
+        diffalign.merge([runs / "one"], output=tmp_path / "run")
+    assert diffalign.merge([runs / "one"], output=tmp_path / "again").lora_folder.is_dir()
+
+
+def test_an_empty_text_is_seen_in_what_is_said(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = changed(runs, tmp_path / "other", negative_prompt="")
+    diffalign.merge([runs / "one", other], [1, 1], output=tmp_path / "run")
+    assert f"{other} was sampled with negative_prompt '': here it is as" in capsys.readouterr().err
 
 
 def test_a_reward_that_its_name_does_not_tell_is_left_out_of_the_evaluation(runs: Path, tmp_path: Path, capsys: Any) -> None:

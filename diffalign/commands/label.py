@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import secrets
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -21,7 +22,7 @@ SAMPLING = ("prompts", "samples", "sample_steps", "batch_size", "guidance_scale"
 def run(arguments: list[str]) -> int:
     parser = parser_of("label", "diffalign label FOLDER, then: diffalign pairs --from-labels FOLDER/labels.sqlite --output DIR")
     parser.add_argument("folders", nargs="*", metavar="FOLDER", help="samples as diffalign pairs or sample writes them; one of each model")
-    parser.add_argument("--labels", metavar="FILE", help="the database; by default labels.sqlite in the first folder")
+    parser.add_argument("--labels", metavar="FILE", help="the database; by default labels.sqlite in the first folder, or in --output")
     parser.add_argument("--table", metavar="FILE", help="print what a database says of raters, agreement and models, and stop")
     parser.add_argument("--compare", type=int, metavar="K", help="samples in a comparison, 2 to 4; by default 2")
     parser.add_argument("--rounds", type=int, metavar="N", help="how often samples are put together anew, by default 1")
@@ -63,10 +64,9 @@ def run(arguments: list[str]) -> int:
 
     check_origins(chosen.allow_origin, chosen.host)
     with bind(chosen.host, chosen.port) as sock:  # before samples are made: the wait would be for nothing
-        folders = [Path(folder).expanduser() for folder in chosen.folders] + (_made(chosen) if chosen.pipeline else [])
-        labels = _opened(chosen, folders)
-        if chosen.choose == "uncertain" and len(labels.gathered.models) < 2:
-            raise InputError("--choose uncertain is between models, and there is one: give folders of two or more, or leave it out.")
+        folders = [Path(folder).expanduser() for folder in chosen.folders]
+        path = _database(chosen, folders)
+        labels = _opened(chosen, path, folders + (_made(chosen) if chosen.pipeline else []))
         names = [chosen.host, *(urlsplit(origin).hostname or "" for origin in chosen.allow_origin)]  # a tunnel lets others in, too
         key = None if all(map(is_loopback, names)) else secrets.token_urlsafe(16)
         app = make_app(Asking(labels, chosen.choose))
@@ -88,6 +88,8 @@ def _check(chosen: Any) -> None:
         raise InputError("--pipeline: say where the samples go, --output DIR.")
     if not chosen.pipeline and (given := [name for name in ("output", *SAMPLING) if getattr(chosen, name) is not None]):
         raise InputError(f"--{given[0].replace('_', '-')} is about making samples: give --pipeline too, or leave it out.")
+    if chosen.choose == "uncertain" and len(chosen.folders) + len(chosen.pipeline or ()) < 2:
+        raise InputError("--choose uncertain is between models, and there is one: give folders of two or more, or leave it out.")
     if chosen.compare is not None and not 2 <= chosen.compare <= 4:
         raise InputError(f"--compare is {chosen.compare}: give 2, 3 or 4.")
     for name, least in {"rounds": 1, "seed": 0, "port": 0, "samples": 1}.items():
@@ -108,16 +110,32 @@ def _made(chosen: Any) -> list[Path]:
     return list(settled)
 
 
-def _opened(chosen: Any, folders: list[Path]) -> Labels:
+def _database(chosen: Any, folders: list[Path]) -> Path:
+    """Where answers go. Raises InputError, before samples are made for nothing, where they cannot, or where it was begun with other
+    settings; and for a folder that is no folder of samples."""
+    from diffalign import gathering
+    from diffalign.labels import Labels
+
+    if folders and chosen.pipeline:
+        gathering.gather(folders)
+    default = (Path(chosen.output).expanduser() if chosen.pipeline else folders[0]) / "labels.sqlite"
+    path = default if chosen.labels is None else Path(chosen.labels).expanduser()
+    if chosen.labels is None and not path.parent.is_dir():  # it is made with the samples
+        return path
+    if Labels.begun(path):
+        with closing(Labels.open(path)) as labels:
+            labels.check_settings({name: getattr(chosen, name) for name in OWN})
+    return path
+
+
+def _opened(chosen: Any, path: Path, folders: list[Path]) -> Labels:
     """The database of the folders, a new one or the one that was begun; raises InputError for one of other samples or settings."""
     from diffalign import comparing, gathering
     from diffalign.console import say
     from diffalign.labels import Labels
 
     gathered = gathering.gather(folders)
-    default = (Path(chosen.output).expanduser() if chosen.pipeline else folders[0]) / "labels.sqlite"
-    path = default if chosen.labels is None else Path(chosen.labels).expanduser()
-    if path.exists():
+    if Labels.begun(path):
         labels = Labels.open(path)
     else:
         settings = {name: default if getattr(chosen, name) is None else getattr(chosen, name) for name, default in OWN.items()}
@@ -127,9 +145,7 @@ def _opened(chosen: Any, folders: list[Path]) -> Labels:
             say(notes)
         labels = Labels.begin(path, gathered, found, settings)
     labels.check_same(gathered)
-    if other := [name for name in OWN if getattr(chosen, name) not in (None, labels.settings[name])]:
-        were = ", ".join(f"--{name} {labels.settings[name]}" for name in other)
-        raise InputError(f"{path} was begun with {were}: leave that out, or begin another database: --labels OTHER.sqlite.")
+    labels.check_settings({name: getattr(chosen, name) for name in OWN})  # another process may have begun it meanwhile
     return labels
 
 

@@ -3,14 +3,12 @@
 python docs/examples/live_pipeline.py
 """
 
-from pathlib import Path
-
 import torch
 from diffusers import StableDiffusionPipeline
 
 import diffalign
 
-SHAPES = Path(diffalign.__file__).parent / "assets" / "shapes"  # the embedded model; yours is a folder or a Hub id
+SHAPES = diffalign.model_folder("shapes")  # the embedded model; yours is a folder or a Hub id
 PROMPT = "two small red squares on a white background"
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 import diffalign
 
 HERE = Path(__file__).parent
-SHAPES = Path(diffalign.__file__).parent / "assets" / "shapes"
+SHAPES = diffalign.model_folder("shapes")
 PROMPTS = ["two small red squares on a white background", "a large green circle on a white background"]
 
 clip = diffalign.align("shapes", method="draft", reward="shapes-clip", steps=50)

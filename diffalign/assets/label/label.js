@@ -64,7 +64,7 @@ function end(state) {
   at("prompt").textContent = "All done. Thank you!";
   at("prompt").className = "";
   at("stage").className = "";
-  const what = state.skipped ? `You judged ${state.done - state.skipped} comparisons and skipped ${state.skipped}.` : `You judged all ${state.total} comparisons.`;
+  const judged = state.done - state.skipped, what = `You judged ${judged} comparison${judged === 1 ? "" : "s"}` + (state.skipped ? ` and skipped ${state.skipped}.` : ".");
   at("stage").append(made("p", "end", what + " You may close this page; Undo takes back the last answer."));
 }
 
@@ -102,7 +102,11 @@ function picture(number, name) {
   const image = made("img");
   image.alt = name;
   image.draggable = false;
-  image.addEventListener("load", () => { image.classList.toggle("small", image.naturalWidth <= 128); came(image); });
+  image.addEventListener("load", () => {
+    image.classList.toggle("small", image.naturalWidth <= 128);
+    if (image.closest(".card")) at("stage").classList.toggle("wide", image.naturalWidth > 1.2 * image.naturalHeight);
+    came(image);
+  });
   image.addEventListener("error", () => { image.parentElement?.classList.add("broken"); came(image); });
   image.src = `/media/${number}`;
   return image;
@@ -190,7 +194,7 @@ function undo() {
 function agree(found) {
   if (!found.common) return void (at("agreement").textContent = "");
   const kappa = found.kappa === null ? "" : `, ${found.name} kappa ${found.kappa.toFixed(2)}`;
-  at("agreement").textContent = `People agree on ${Math.round(100 * found.share)}% of ${found.common} common pairs${kappa}`;
+  at("agreement").textContent = `People agree on ${Math.round(100 * found.share)}% of ${found.common} common pair${found.common === 1 ? "" : "s"}${kappa}`;
 }
 
 document.addEventListener("keydown", (event) => {
