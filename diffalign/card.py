@@ -15,18 +15,13 @@ from diffalign.console import evaluated
 from diffalign.contract import short_name
 from diffalign.data import PicturePrompt, Prompt, SpokenPrompt, caption_of, text_of
 from diffalign.guard import closing
-from diffalign.origin import EXPO, Origin, named, origin_of
+from diffalign.origin import CALLED, COSTS, EXPO, Origin, named, origin_of
 from diffalign.papers import citations
 from diffalign.registry import METHODS
 from diffalign.run import Run, versions
 from diffalign.settings import Settings
 
 DTYPES = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
-OPTIONS = (  # settings that the pipelines' own calls take by the same names
-    *("negative_prompt", "height", "width", "image_guidance_scale", "true_cfg_scale"),
-    *("original_size", "crops_coords_top_left", "target_size"),
-)
-COSTS = {"reward_queries": "reward queries", "network_calls": "network calls", "seconds": "seconds", "peak_memory_mb": "peak memory, MB"}
 
 
 def task_of(run: Run, prompts: Sequence[Prompt]) -> str:
@@ -203,7 +198,7 @@ def _call(run: Run, base: Base, prompt: Prompt) -> str:
     if isinstance(prompt, SpokenPrompt) and audioldm:
         given.append(f"transcription={prompt.transcript!r}")
     known = {"num_inference_steps": run.plan.sample_steps, "guidance_scale": settings.guidance_scale}
-    known |= {name: vars(settings)[name] for name in OPTIONS if vars(settings)[name] != vars(Settings())[name]}
+    known |= {name: vars(settings)[name] for name in CALLED if vars(settings)[name] != vars(Settings())[name]}
     if settings.max_sequence_length is not None and not sound:
         known["max_sequence_length"] = settings.max_sequence_length
     if settings.audio_seconds is not None:

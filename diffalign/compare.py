@@ -14,13 +14,12 @@ from diffalign.errors import InputError
 from diffalign.evaluate import diversity, kl_to_base
 from diffalign.guard import closing
 from diffalign.guarding import guard_outcome
-from diffalign.origin import check_finished, evaluation_of, origin_of
+from diffalign.origin import COSTS, check_finished, evaluation_of, origin_of
 from diffalign.pages import write_comparison
 from diffalign.report import Line, reward_curves
 from diffalign.run import Run
 
 SAMPLES = 4  # of each prompt, for the diversity
-COSTS = ("reward_queries", "network_calls", "network_samples", "seconds", "device_seconds", "peak_memory_mb")
 
 
 def compare_runs(runs: Sequence[str | Path | Run], limit: int = 32) -> dict[str, Any]:

@@ -16,15 +16,11 @@ from diffalign.console import say
 from diffalign.errors import InputError
 from diffalign.flags import parameters
 from diffalign.low_rank import Update
-from diffalign.origin import EXPO, origin_of
+from diffalign.origin import CALLED, EXPO, origin_of
 from diffalign.run import Run, versions
 from diffalign.settings import LIVE
 
-# What of a run's settings makes its pictures what they are, beside its method's denoising steps
-SAMPLING = (
-    "guidance_scale", "image_guidance_scale", "true_cfg_scale", "negative_prompt", "height", "width", "audio_seconds",
-    "max_sequence_length", "original_size", "crops_coords_top_left", "target_size",
-)  # fmt: skip
+SAMPLING = ("guidance_scale", "audio_seconds", "max_sequence_length")  # beside CALLED, what makes a run's samples what they are
 
 
 def merge(
@@ -199,7 +195,9 @@ def _notes(runs: Sequence[Run], lost: float | None, held: int, dropped: int, lef
     if lost is not None:
         yield f"The cut to that rank loses {lost:.2%} of the update's squared norm."
     for run in runs[1:]:
-        ours, theirs = ({n: vars(r.plan.settings)[n] for n in SAMPLING} | {"sample_steps": r.plan.sample_steps} for r in (first, run))
+        ours, theirs = (
+            {n: vars(r.plan.settings)[n] for n in (*CALLED, *SAMPLING)} | {"sample_steps": r.plan.sample_steps} for r in (first, run)
+        )
         if other := [f"{name} {theirs[name]}" for name in ours if ours[name] != theirs[name]]:
             yield f"{run.path} was sampled with {', '.join(other)}: here it is as {first.path} has it."
         if run.plan.suffix != first.plan.suffix:

@@ -18,6 +18,18 @@ from diffalign.run import Run
 from diffalign.settings import LIVE
 from diffalign.types import Needs
 
+CALLED = (  # settings that the pipelines' own calls take by the same names
+    *("negative_prompt", "height", "width", "image_guidance_scale", "true_cfg_scale"),
+    *("original_size", "crops_coords_top_left", "target_size"),
+)
+COSTS = {  # columns of metrics.jsonl, of all steps so far
+    "reward_queries": "reward queries",
+    "network_calls": "network calls",
+    "network_samples": "network samples",
+    "seconds": "seconds",
+    "device_seconds": "device seconds",
+    "peak_memory_mb": "peak memory, MB",
+}
 EXPO = "expo"  # what `diffalign merge --extrapolate` is cited by
 
 

@@ -25,7 +25,7 @@ from diffalign.exhibits import of_evaluation, through_training
 from diffalign.flags import flat
 from diffalign.guard import closing
 from diffalign.guarding import guard_outcome, guard_rows
-from diffalign.origin import Origin, evaluation_of, origin_of, reached
+from diffalign.origin import COSTS, Origin, evaluation_of, origin_of, reached
 from diffalign.rerun import commands
 from diffalign.run import Run
 
@@ -170,13 +170,8 @@ def _merged(config: Mapping[str, Any]) -> dict[str, Any] | None:
 def _facts(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """What all steps took, where the run logged it."""
     last = rows[-1] if rows else {}
-    labels = {
-        "reward_queries": "reward queries",
-        "network_samples": "network samples",
-        "seconds": "seconds",
-        "peak_memory_mb": "MB at most",
-    }
-    return [(label, f"{last[key]:,.0f}") for key, label in labels.items() if last.get(key)]
+    shown = ("reward_queries", "network_samples", "seconds", "peak_memory_mb")
+    return [(COSTS[key], f"{last[key]:,.0f}") for key in shown if last.get(key)]
 
 
 def _evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:

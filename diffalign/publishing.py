@@ -26,7 +26,22 @@ HEARD = re.compile(r"(before|after)-\d+\.wav")
 MODEL = re.compile(r"(unet|transformer)/(config\.json|diffusion_pytorch_model[\w.-]*)")
 OF_THE_MACHINE = ("device",)
 TEXTS = ("negative_prompt", "suffix", "prompt", "text")  # fields of words, not of files, whatever they begin with
-FILED = ("name", "pipeline", "prompts", "data", "eval_prompts", "rewards", "eval_rewards", "init", "run", "folder", "checkpoint")
+FILED = (
+    "name",
+    "pipeline",
+    "prompts",
+    "data",
+    "eval_prompts",
+    "rewards",
+    "eval_rewards",
+    "init",
+    "run",
+    "folder",
+    "checkpoint",
+    "file",
+    "path",
+    "model",
+)
 
 Contents = dict[str, bytes | Path]
 
@@ -50,7 +65,8 @@ def contents(run: Run, repo: str, base: Base) -> Contents:
     Optimiser states, checkpoints and prompt lists stay at home, and so does where things lie: of a path its last part is told. Raises
     InputError where a file of the run is missing or damaged, or would still tell something of the machine.
     """
-    evaluation = public(evaluation_of(run)) if (run.path / "eval.json").is_file() else None
+    measured = evaluation_of(run) if (run.path / "eval.json").is_file() else None
+    evaluation = measured and public({**measured, **({"guard": _of_guard(measured["guard"])} if "guard" in measured else {})})
     config = public({name: value for name, value in run.config.items() if name not in OF_THE_MACHINE})
     found: Contents = {CONFIG: yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()}
     found |= _weights(run, base) | _media(run)
@@ -60,7 +76,7 @@ def contents(run: Run, repo: str, base: Base) -> Contents:
         found[CURVE] = run.path / CURVE
     prompts = {part: run.read_prompts(part) for part in ("train", "heldout")}
     shown = prompts["heldout"] if found.get(PICTURE) == run.path / "samples" / PICTURE else []
-    facts = {"evaluation": evaluation, "guard": _guard(run), "prompts": prompts, "shown": shown, "files": sorted(found)}
+    facts = {"evaluation": evaluation, "guard": _of_guard(guard_outcome(run)), "prompts": prompts, "shown": shown, "files": sorted(found)}
     found[CARD] = card(run, repo, base, config=config, **facts).encode()
     _check_private(run, found)
     return dict(sorted(found.items()))
@@ -105,12 +121,13 @@ def public(value: Any, field: str = "") -> Any:
 
 
 def is_path(text: str, field: str = "") -> bool:
-    """Whether the value of a field tells where something lies: it is absolute or in a home folder, of two parts or more, and is there, has
-    no blank, or is of a field that names files."""
+    """Whether the value of a field tells where something lies: it is absolute or in a home folder, and of a field that names files, or
+    of two parts or more and without a blank, or there."""
     if field in TEXTS or not re.match(r"/[^/]|~[\w.-]*/", text):
         return False
-    two = "/" in text.rstrip("/")[1:]
-    return two and (field in FILED or not re.search(r"\s", text) or _there(text))
+    if field in FILED:
+        return True
+    return "/" in text.rstrip("/")[1:] and (not re.search(r"\s", text) or _there(text))
 
 
 def _there(text: str) -> bool:
@@ -120,14 +137,13 @@ def _there(text: str) -> bool:
         return False
 
 
-def _guard(run: Run) -> dict[str, Any] | None:
-    """What came of the guard, whose sentences name the reward that fired."""
-    outcome = guard_outcome(run)
+def _of_guard(outcome: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """`public` of what came of a guard, whose sentence names the reward that fired."""
     if outcome is None or not outcome["fired"]:
-        return outcome and public(outcome)
+        return public(outcome)
     measure, text = outcome["fired"]["measure"], outcome["fired"]["text"]
-    fired = {**outcome["fired"], "text": text.replace(measure, _public_text(measure, "name"))}
-    return public({**outcome, "fired": fired})
+    fired = {"measure": _public_text(measure, "name"), "text": text.replace(measure, _public_text(measure, "name"))}
+    return public({**outcome, "fired": {**outcome["fired"], **fired}})
 
 
 def _public_text(text: str, field: str = "") -> str:

@@ -27,7 +27,7 @@ from diffalign.base import base_of
 from diffalign.cli import main
 from diffalign.errors import InputError
 from diffalign.hub import Push, check_name, push
-from diffalign.publishing import public
+from diffalign.publishing import _of_guard, public
 from diffalign.run import Run
 from diffalign.sources import commit_of
 
@@ -498,6 +498,8 @@ def test_paths_in_keys_and_in_other_texts(shapes: Path, hub: Hub, tmp_path: Path
     files = hub.repositories[REPO].files
     assert json.loads(files["eval.json"])["rewards"].keys() == {"v1.py:score", "v1.py:score (2)"}
     assert not any(b"/data/" in content for content in files.values())
+    kept = {"fired": {"measure": "/data/anna/w.py:w", "text": "/data/anna/w.py:w fell by 2 to 3"}, "step": 2}
+    assert _of_guard(kept) == {"fired": {"measure": "w.py:w", "text": "w.py:w fell by 2 to 3"}, "step": 2}
     said = copied(run, tmp_path / "said", negative_prompt="as in /data/anna/held.txt")
     with pytest.raises(InputError, match="would tell a path of this machine"):
         push(said, "anna/said")
