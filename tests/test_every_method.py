@@ -71,7 +71,7 @@ def test_an_evaluation_keeps_what_was_measured_on_the_data(pairs: Path, tmp_path
 def test_what_was_trained_on_is_not_called_held_out(pairs: Path, tmp_path: Path, run_cli: Callable[..., Any]) -> None:
     """Four pairs, of which none can be held out, one of whose prompts is among those of the evaluation too."""
     asked = [json.loads(line)["prompt"] for line in (pairs / "pairs.jsonl").read_text().splitlines()][:4]
-    (tmp_path / "held.txt").write_text(f"{asked[0]}\na green triangle above a blue square\n")
+    (tmp_path / "held.txt").write_text(f"{asked[0]}\ntwo small green squares on a yellow background\n")
     words = [word for flag, value in SMALL.items() for word in (f"--{flag.replace('_', '-')}", value)]
     flags = ["--data-limit", 4, "--eval-prompts", "held.txt", "--eval-rewards", "[shapes-checker]", "--output", "run"]
     outcome = run_cli("train", "--method", "diffusion-dpo", "--data", pairs, *words, *flags)
