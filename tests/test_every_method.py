@@ -92,7 +92,7 @@ def test_what_was_trained_on_is_not_called_held_out(pairs: Path, tmp_path: Path,
     assert "of 4 pairs that it was trained on" in card
     assert "On 2 prompts, 1 of them trained on" in card
     assert "| prompts |" not in card
-    assert "dataset_type: prompts" in card
+    assert "type: prompts" in card
     assert "heldout and train" in card
     (tmp_path / "held.txt").write_text(f"{asked[0]}\n")
     assert run_cli("eval", "run", "--prompts", "held.txt").status == 0
