@@ -99,9 +99,7 @@ def _check_bases(runs: Sequence[Run]) -> None:
             f"LoRAs of different commits of {next(iter(bases))[0]} do not add up: {'; '.join(told)}. Give runs of one --revision."
         )
     if commits and (silent := [str(run.path) for run in runs if not _commit([run])]):
-        say(
-            f"Of which commit of {next(iter(bases))[0]} {', '.join(silent)} is, is not known: the others are of {next(iter(commits))[:12]}."
-        )
+        say(f"The commit of {next(iter(bases))[0]} is not known of {', '.join(silent)}: others are of {next(iter(commits))[:12]}.")
 
 
 def _commit(runs: Sequence[Run]) -> dict[str, str]:

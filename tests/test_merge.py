@@ -370,7 +370,7 @@ def test_the_page_and_the_comparison_of_a_merged_run(runs: Path, run_cli: Any, t
         "made by draft, on red, bright",
     ):
         assert words in page, words
-    for words in ("unfinished", "train --config", "train --resume", "No pictures", "draft on ", "Nothing was logged"):
+    for words in (">unfinished", "train --config", "train --resume", "No pictures", "draft on ", "Nothing was logged"):
         assert words not in page, words
     command = f"diffalign merge {one} {two} --weights 0.75 -0.5 --rank 2 --output NEW"
     assert command in page
