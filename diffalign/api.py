@@ -123,7 +123,18 @@ def evaluate_run(
     check_judges(checked, run.policy.modality)
     check_read(checked, texts[:limit], run.policy)
     kept = {"pairs": before.get("pairs"), "guard": guard_outcome(run)}
-    results = evaluate_into(plan, run.policy, checked, texts[:limit], seed, target, target.with_suffix(".png"), draws=draws, **kept)
+    results = evaluate_into(
+        plan,
+        run.policy,
+        checked,
+        texts[:limit],
+        seed,
+        target,
+        target.with_suffix(".png"),
+        trained=run.read_prompts("train"),
+        draws=draws,
+        **kept,
+    )
     say(f"Written: {target} and {target.with_suffix('.png')}")
     if target == run.path / "eval.json":
         leave_report(run)

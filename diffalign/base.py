@@ -34,7 +34,7 @@ class Base:
 def base_of(run: Run, base_model: str | None, licence: Mapping[str, str]) -> Base:
     """The run's base model, found without a network; `base_model` is its Hub id, where the run knows it as a folder or an object.
 
-    Raises InputError for a `base_model` of a run on an embedded one.
+    Raises InputError for a `base_model` or a `licence` of a run on an embedded one.
     """
     settings, path = run.plan.settings, None
     commit = run.config.get("versions", {}).get("base_commit")
@@ -48,6 +48,8 @@ def base_of(run: Run, base_model: str | None, licence: Mapping[str, str]) -> Bas
     parts = found or "DiffusionPipeline", network
     if embedded and base_model is not None:
         raise InputError(f"--base-model: the run's is {settings.pipeline}, which comes with diffalign and is not on the Hub. Leave it out.")
+    if embedded and licence:
+        raise InputError(f"--license: {settings.pipeline} comes with diffalign, under {OWN_LICENCE['license']}. Leave it out.")
     if embedded:
         return Base("embedded", settings.pipeline, *parts, absent=absent, licence=OWN_LICENCE)
     if base_model is not None:

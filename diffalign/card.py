@@ -11,21 +11,17 @@ import yaml
 
 from diffalign import bare
 from diffalign.base import Base
+from diffalign.console import evaluated
 from diffalign.contract import short_name
 from diffalign.data import PicturePrompt, Prompt, SpokenPrompt, caption_of, text_of
-from diffalign.flags import COMPOSE
 from diffalign.guard import closing
+from diffalign.origin import CALLED, COSTS, EXPO, Origin, named, origin_of
 from diffalign.papers import citations
 from diffalign.registry import METHODS
 from diffalign.run import Run, versions
-from diffalign.settings import LIVE, Settings
+from diffalign.settings import Settings
 
 DTYPES = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
-OPTIONS = (  # settings that the pipelines' own calls take by the same names
-    *("negative_prompt", "height", "width", "image_guidance_scale", "true_cfg_scale"),
-    *("original_size", "crops_coords_top_left", "target_size"),
-)
-COSTS = {"reward_queries": "reward queries", "network_calls": "network calls", "seconds": "seconds", "peak_memory_mb": "peak memory, MB"}
 
 
 def task_of(run: Run, prompts: Sequence[Prompt]) -> str:
@@ -58,14 +54,16 @@ def card(
     """
     from huggingface_hub import ModelCard
 
-    data = _metadata(run, repo, base, config, evaluation, prompts)
+    origin = origin_of(run.config)
+    data = _metadata(run, repo, base, origin, config, evaluation, prompts)
     parts = [
-        _title(run, repo, base, config),
+        _title(run, repo, base, origin, config),
         _media(repo, shown, files),
         _loading(run, repo, base, prompts),
         _scores(evaluation, guard),
-        _training(run, base, config, prompts, files),
-        _closing(run, base, config, evaluation),
+        _merging(run, base, origin, config) if origin.parts else _training(run, base, origin, config, prompts, files),
+        _settings(config, origin),
+        _closing(run, base, origin, evaluation),
     ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"))
 
@@ -74,6 +72,7 @@ def _metadata(
     run: Run,
     repo: str,
     base: Base,
+    origin: Origin,
     config: Mapping[str, Any],
     evaluation: Mapping[str, Any] | None,
     prompts: Mapping[str, Sequence[Prompt]],
@@ -81,12 +80,14 @@ def _metadata(
     from huggingface_hub import EvalResult, ModelCardData
 
     task, full, source = task_of(run, [*prompts["heldout"], *prompts["train"]]), run.plan.settings.full, _prompts_from(config)
+    seen = (evaluation or {}).get("trained_on") or 0
+    split = "heldout" if not seen else "train" if seen >= (evaluation or {})["prompts"] else "heldout and train"
     results = [
         EvalResult(
             task_type=task,
             dataset_type=source.removeprefix("hf:") if source.startswith("hf:") else "prompts",
-            dataset_name=f"{found.get('prompts', (evaluation or {}).get('prompts'))} held-out prompts",
-            dataset_split="heldout",
+            dataset_name=_of(evaluation or {}, found),
+            dataset_split=split,
             metric_type=name,
             metric_name=f"{name} (base model {found['before']:.4g})",
             metric_value=found["after"],
@@ -101,18 +102,25 @@ def _metadata(
         base_model_relation=("finetune" if full else "adapter") if base.kind == "hub" else None,
         library_name="peft" if (run.path / "lora" / bare.WEIGHTS).is_file() else "diffusers",
         pipeline_tag=task,
-        tags=["diffalign", *([] if full else ["lora"]), short_name(str(config["method"]["name"])), "alignment"],
+        tags=["diffalign", *([] if full else ["lora"]), origin.method, "alignment"],
         model_name=repo.rpartition("/")[2],
         eval_results=results or None,
     )
 
 
-def _title(run: Run, repo: str, base: Base, config: Mapping[str, Any]) -> str:
+def _of(evaluation: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """What a row of an evaluation is of: `64 held-out prompts`; a part of a composed reward may be for fewer."""
+    if "prompts" not in found:
+        return evaluated(evaluation)
+    return f"{found['prompts']} of {evaluated(evaluation)}"
+
+
+def _title(run: Run, repo: str, base: Base, origin: Origin, config: Mapping[str, Any]) -> str:
     what = "All weights of the denoising network" if run.plan.settings.full else "A LoRA"
-    method, rewards = short_name(str(config["method"]["name"])), _rewards(run, config)
+    rewards, made = [named(judge) for judge in origin.judges], f"diffalign {config.get('versions', versions())['diffalign']}"
     on = f" on the reward {', '.join(rewards)}" if rewards else " on data"
-    made = f"diffalign {config.get('versions', versions())['diffalign']}"
-    return f"# {repo.rpartition('/')[2]}\n\n{what} of {_linked(base)}, aligned with **{method}**{on} by {made}."
+    how = f"merged from {origin.of}" if origin.parts else f"aligned with **{origin.method}**{on}"
+    return f"# {repo.rpartition('/')[2]}\n\n{what} of {_linked(base)}, {how} by {made}."
 
 
 def _linked(base: Base) -> str:
@@ -190,7 +198,7 @@ def _call(run: Run, base: Base, prompt: Prompt) -> str:
     if isinstance(prompt, SpokenPrompt) and audioldm:
         given.append(f"transcription={prompt.transcript!r}")
     known = {"num_inference_steps": run.plan.sample_steps, "guidance_scale": settings.guidance_scale}
-    known |= {name: vars(settings)[name] for name in OPTIONS if vars(settings)[name] != vars(Settings())[name]}
+    known |= {name: vars(settings)[name] for name in CALLED if vars(settings)[name] != vars(Settings())[name]}
     if settings.max_sequence_length is not None and not sound:
         known["max_sequence_length"] = settings.max_sequence_length
     if settings.audio_seconds is not None:
@@ -203,7 +211,7 @@ def _scores(evaluation: Mapping[str, Any] | None, guard: Mapping[str, Any] | Non
     if evaluation is None:
         return "## Held-out scores\n\nNot evaluated."
     lines = [
-        "## Held-out scores",
+        "## Scores on training prompts" if (evaluation.get("trained_on") or 0) >= evaluation["prompts"] else "## Held-out scores",
         "",
         "| reward | base model | after training | difference, 95% interval | wins |",
         "| --- | --- | --- | --- | --- |",
@@ -217,59 +225,82 @@ def _scores(evaluation: Mapping[str, Any] | None, guard: Mapping[str, Any] | Non
         )
     lines += [
         "",
-        f"On {evaluation['prompts']} held-out prompts, {evaluation['denoising_steps']} deterministic denoising steps, the same noise for "
+        f"On {evaluated(evaluation)}, {evaluation['denoising_steps']} deterministic denoising steps, the same noise for "
         f"both models (seed {evaluation['seed']}). Intervals are bootstraps over the prompts; a tie is half a win.",
     ]
     if pairs := evaluation.get("pairs"):
-        lines.append(f"The implicit reward prefers the chosen one of {pairs['implicit_accuracy']:.0%} of {pairs['count']} held-out pairs.")
+        of = "pairs that it was trained on" if pairs.get("trained_on") else "held-out pairs"
+        lines.append(f"The implicit reward prefers the chosen one of {pairs['implicit_accuracy']:.0%} of {pairs['count']} {of}.")
     return "\n".join([*lines, *([closing(guard)] if guard else [])])
 
 
-def _training(run: Run, base: Base, config: Mapping[str, Any], prompts: Mapping[str, Sequence[Prompt]], files: Sequence[str]) -> str:
-    settings, last, known = run.plan.settings, run.metrics[-1], config.get("versions", {})
+def _at(base: Base) -> str:
+    """The base model, and what of it."""
     revision = ", ".join(filter(None, (base.revision and f"revision {base.revision}", base.commit and f"commit {base.commit}")))
-    method = str(config["method"]["name"])
+    return f"{_linked(base)}, {revision or 'no revision was named'}" if base.kind == "hub" else _linked(base)
+
+
+def _merging(run: Run, base: Base, origin: Origin, config: Mapping[str, Any]) -> str:
+    merged = config["merged"]
+    rows = {
+        "base model": _at(base),
+        "merged from": origin.of,
+        "extrapolated": f"by {merged['extrapolate']:g} (ExPO); the weights above have it in them" if "extrapolate" in merged else None,
+        "methods of the runs": ", ".join(short_name(name) for name in origin.methods if name != EXPO),
+        "rewards of the runs": ", ".join(map(named, origin.judges)),
+        "LoRA": f"of rank {run.plan.settings.lora.rank}",
+        "lost by the cut to that rank": f"{merged['lost']:.2%} of the update's squared norm" if "lost" in merged else None,
+        "versions": _versions(config),
+    }
+    return "\n".join(["## How it was merged", "", *_table(rows)])
+
+
+def _versions(config: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in config.get("versions", {}).items() if name != "base_commit")
+
+
+def _table(rows: Mapping[str, Any]) -> list[str]:
+    return ["| | |", "| --- | --- |", *(f"| {name} | {_cell(str(value))} |" for name, value in rows.items() if value)]
+
+
+def _training(
+    run: Run, base: Base, origin: Origin, config: Mapping[str, Any], prompts: Mapping[str, Sequence[Prompt]], files: Sequence[str]
+) -> str:
+    settings, last, method = run.plan.settings, run.metrics[-1], str(config["method"]["name"])
+    distinct, taught = len(set(prompts["train"])), len(prompts["train"])
+    asked = f"{_prompts_from(config)}: {taught} to train on" if origin.prompts else ""
     alpha = settings.lora.rank if settings.lora.alpha is None else settings.lora.alpha
     rows = {
-        "base model": f"{_linked(base)}, {revision or 'no revision was named'}" if base.kind == "hub" else _linked(base),
+        "base model": _at(base),
         "method": f"{method}: {METHODS[method].summary}" if method in METHODS else method,
-        "reward": ", ".join(_rewards(run, config)),
-        "prompts": f"{_prompts_from(config)}: {len(prompts['train'])} to train on, {len(prompts['heldout'])} held out",
-        "data": config.get("data"),
+        "reward": ", ".join(map(named, origin.judges)),
+        "prompts": asked,
+        "data": config.get("data") if origin.prompts or not origin.data else f"{config['data']}: {taught} examples of {distinct} prompts",
         "trained": "all weights of the network" if settings.full else f"a LoRA of rank {settings.lora.rank}, alpha {alpha:g}",
         "steps": f"{int(last['step'])}, each of {run.plan.batch_in_words(config.get('processes') or 1)}",
         "learning rate": f"{settings.learning_rate:g}, {settings.lr_schedule}",
         "precision, seed": f"{settings.precision}, {settings.seed}",
         **{what: f"{last[name]:,.0f}" for name, what in COSTS.items() if last.get(name) is not None},
-        "versions": ", ".join(f"{name} {version}" for name, version in known.items() if name != "base_commit"),
+        "versions": _versions(config),
     }
-    table = [f"| {name} | {_cell(str(value))} |" for name, value in rows.items() if value]
+    return "\n".join(["## How it was trained", "", *_table(rows), *(["", "![reward](curve.png)"] if "curve.png" in files else [])])
+
+
+def _settings(config: Mapping[str, Any], origin: Origin) -> str:
     text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).rstrip()
-    return "\n".join([
-        "## How it was trained", "", "| | |", "| --- | --- |", *table,
-        *(["", "![reward](curve.png)"] if "curve.png" in files else []),
-        "", "<details><summary>Every setting (diffalign.yaml)</summary>", "", "```yaml", text, "```", "", "</details>", "",
-        "`diffalign train --config diffalign.yaml` runs it again, with your own files where a file is named.",
-    ])  # fmt: skip
+    again = "`diffalign train --config diffalign.yaml` runs it again, with your own files where a file is named."
+    lines = ["<details><summary>Every setting (diffalign.yaml)</summary>", "", "```yaml", text, "```", "", "</details>"]
+    return "\n".join([*lines, *([] if origin.parts else ["", again])])
 
 
-def _closing(run: Run, base: Base, config: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> str:
+def _closing(run: Run, base: Base, origin: Origin, evaluation: Mapping[str, Any] | None) -> str:
     licence = base.licence.get("license_name") or base.licence.get("license")
     link = base.licence.get("license_link")
-    named = f"[{licence}]({link})" if licence and link else licence
-    says = f"The base model's: {named}." if named else "The base model's, which is not known here: see its own page."
-    judges = [*_rewards(run, config), *(name.partition("/")[0] for name in (evaluation or {}).get("rewards", {}))]
-    lines = [f"- {line}" for line in citations(str(config["method"]["name"]), judges, lora=not run.plan.settings.full)]
+    linked = f"[{licence}]({link})" if licence and link else licence
+    says = f"The base model's: {linked}." if linked else "The base model's, which is not known here: see its own page."
+    judges = [*map(named, origin.judges), *(name.partition("/")[0] for name in (evaluation or {}).get("rewards", {}))]
+    lines = [f"- {line}" for line in citations(origin.methods, judges, lora=not run.plan.settings.full)]
     return "\n".join(["## Licence", "", says, *(["", "## What to cite", "", *lines] if lines else [])])
-
-
-def _rewards(run: Run, config: Mapping[str, Any]) -> list[str]:
-    """The names of what was trained on, a composed reward's parts each; none for training on data alone."""
-    needs, reward = run.plan.method.needs, config.get("reward") or {}
-    if not needs.reward or (needs.data_role == "instead" and config.get("data")):
-        return []
-    names = [part["name"] for part in reward.get("parts", ())] if reward.get("name") == COMPOSE else [reward.get("name")]
-    return [short_name(name) if name != LIVE else "a Python object" for name in names if name]
 
 
 def _prompts_from(config: Mapping[str, Any]) -> str:

@@ -14,12 +14,12 @@ from diffalign.errors import InputError
 from diffalign.evaluate import diversity, kl_to_base
 from diffalign.guard import closing
 from diffalign.guarding import guard_outcome
+from diffalign.origin import COSTS, check_finished, evaluation_of, origin_of
 from diffalign.pages import write_comparison
 from diffalign.report import Line, reward_curves
 from diffalign.run import Run
 
 SAMPLES = 4  # of each prompt, for the diversity
-COSTS = ("reward_queries", "network_calls", "network_samples", "seconds", "device_seconds", "peak_memory_mb")
 
 
 def compare_runs(runs: Sequence[str | Path | Run], limit: int = 32) -> dict[str, Any]:
@@ -44,30 +44,21 @@ def compare_runs(runs: Sequence[str | Path | Run], limit: int = 32) -> dict[str,
     return {"runs": records, "notes": notes(opened, records)}
 
 
-def check_finished(run: Run) -> None:
-    """Raise InputError where a run has not taken all its steps, nor was ended by its guard, or has no weights. A merged one takes none."""
-    if run.merged and run.lora_folder:
-        return
-    settings, rows, guard = run.plan.settings, run.metrics, guard_outcome(run)
-    done = int(rows[-1]["step"]) if rows else 0
-    ended = guard is not None and guard["fired"] and guard["step"] == done
-    if (done < settings.steps and not ended) or not (run.path / ("model" if settings.full else "lora")).is_dir():
-        raise InputError(f"{run.path} is unfinished, at step {done} of {settings.steps}: diffalign train --resume {run.path}")
-
-
 def summary(run: Run) -> dict[str, Any]:
-    """What a finished run's folder says: its settings' names, its evaluation and its guard (None where it has none), and its costs."""
-    plan, last = run.plan, (run.metrics or [{}])[-1]
+    """What a finished run's folder says: what made it of what (`of`, in words; `reward` and `data`, None where it was not trained on
+    one), its evaluation and its guard (None where it has none), and its costs."""
+    plan, last, origin = run.plan, (run.metrics or [{}])[-1], origin_of(run.config)
     return {
         "path": str(run.path),
         "pipeline": plan.settings.pipeline,
         "revision": plan.settings.revision,
-        "method": "merge" if run.merged else plan.method_name,
-        "reward": short_name(run.config["reward"]["name"]) if run.config["reward"]["name"] else None,
-        "data": plan.settings.data,
+        "method": origin.method,
+        "of": origin.of,
+        "reward": short_name(origin.reward) if origin.reward else None,
+        "data": origin.data,
         "steps": int(last.get("step", 0)),
         "seed": plan.settings.seed,
-        "evaluation": run.evaluation if (run.path / "eval.json").is_file() else None,
+        "evaluation": evaluation_of(run) if (run.path / "eval.json").is_file() else None,
         "guard": guard_outcome(run),
         **{name: last.get(name) for name in COSTS},
     }
@@ -91,6 +82,11 @@ def notes(runs: Sequence[Run], records: Sequence[dict[str, Any]]) -> list[str]:
     unknown = [record for record in records if not record["evaluation"]]
     found = [f"{record['run']} has no held-out evaluation: diffalign eval {record['path']}" for record in unknown]
     found += [f"{record['run']}: {closing(record['guard'])}" for record in records if record["guard"]]
+    found += [
+        f"{record['run']} was trained on {seen} of the {record['evaluation']['prompts']} prompts of its evaluation."
+        for record in records
+        if record["evaluation"] and (seen := record["evaluation"].get("trained_on"))
+    ]
     if len({(record["pipeline"], record["revision"]) for record in records}) > 1:
         found.append("The base models differ: KL, diversity and rewards are each against the run's own.")
     if len({tuple(run.read_prompts("heldout")) for run in runs}) > 1:
@@ -105,11 +101,14 @@ def notes(runs: Sequence[Run], records: Sequence[dict[str, Any]]) -> list[str]:
 def write(compared: dict[str, Any], folder: Path) -> list[Path]:
     """Write compare.json, compare.png and compare.html; the files. Raises InputError where the folder cannot be written."""
     lines: dict[str, list[Line]] = {}
+    trained = {record["reward"] for record in compared["runs"]}
     for record in compared["runs"]:
-        reward = record["reward"] or record["data"]
-        held_out = (record["evaluation"] or {}).get("rewards", {}).get(reward)
-        end = (record["kl_to_base"], held_out["after"]) if held_out and "kl_to_base" in record else None
-        lines.setdefault(reward, []).append(Line(record["run"], Run.open(record["path"]).metrics, end))
+        scores = (record["evaluation"] or {}).get("rewards", {})
+        own = [record["reward"] or record["data"]] if record["reward"] or record["data"] else [name for name in scores if name in trained]
+        for reward in own or [record["method"]]:  # what was merged stands beside all that others were trained on
+            held_out = scores.get(reward)
+            end = (record["kl_to_base"], held_out["after"]) if held_out and "kl_to_base" in record else None
+            lines.setdefault(reward, []).append(Line(record["run"], Run.open(record["path"]).metrics, end))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "compare.json").write_text(json.dumps(compared, indent=2) + "\n")

@@ -54,16 +54,22 @@ def watch(rows: Iterable[Row], done: int, steps: int, shown: bool = True) -> Ite
             yield row
 
 
-def comparison(evaluation: dict[str, object]) -> Table:
+def evaluated(evaluation: Mapping[str, Any]) -> str:
+    """What an evaluation is of: `64 held-out prompts`, or how many of them the run was trained on."""
+    count, seen = evaluation["prompts"], evaluation.get("trained_on") or 0
+    if not seen:
+        return f"{count} held-out prompts"
+    return f"{count} training prompts" if seen >= count else f"{count} prompts, {seen} of them trained on"
+
+
+def comparison(evaluation: Mapping[str, Any]) -> Table:
     """The held-out table of an evaluation."""
     draws = evaluation.get("draws", 1)
     of_each = f", {draws} samples of each" if draws != 1 else ""
-    table = Table(title=f"Held out: {evaluation['prompts']} prompts{of_each}, same noise", title_justify="left")
+    table = Table(title=f"{evaluated(evaluation)}{of_each}, same noise", title_justify="left")
     for column in ("reward", "before", "after", "difference", "95% interval", "win rate"):
         table.add_column(column, justify="left" if column == "reward" else "right")
-    rewards = evaluation["rewards"]
-    assert isinstance(rewards, dict)
-    for name, row in rewards.items():
+    for name, row in evaluation["rewards"].items():
         low, high = row["interval"]
         table.add_row(
             name, f"{row['before']:.3f}", f"{row['after']:.3f}", f"{row['difference']:+.3f}", f"[{low:+.3f}, {high:+.3f}]",
@@ -87,7 +93,7 @@ def runs_table(records: Sequence[Mapping[str, Any]]) -> Table:
         diversity = record.get("diversity")
         table.add_row(
             *(escape(record[name]) for name in ("run", "method")),
-            escape(record["data"] or record["reward"] or "-"),
+            escape(record["of"] or "-"),
             "\n".join(_held_out(record["evaluation"])) if record["evaluation"] else "not evaluated",
             f"{record['steps']:,}",
             f"{record['kl_to_base']:.3g}" if "kl_to_base" in record else "-",

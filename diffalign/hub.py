@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.base import base_of
-from diffalign.contract import short_name
 from diffalign.errors import InputError
+from diffalign.origin import named, origin_of
 from diffalign.publishing import CONFIG, check_publishable, contents, ours, write
 from diffalign.registry import MODELS
 from diffalign.run import Run, versions
-from diffalign.settings import LIVE
 from diffalign.sources import chain_of, of_transport
 
+LICENCE = r"[a-z0-9][a-z0-9.+-]{0,63}"  # the form of the Hub's ids
 LOGIN = "log in with one that may write (https://huggingface.co/settings/tokens): hf auth login"
 
 
@@ -37,12 +38,14 @@ class Push:
         check_name(self.repo, "USER/REPO")
         if self.base_model is not None:
             check_name(self.base_model, "--base-model")
+        if self.license is not None and not re.fullmatch(LICENCE, self.license):
+            raise InputError(f"--license: '{self.license}' can be no licence on the Hub: give its id, such as apache-2.0 or openrail++.")
 
     def command(self, run: str | Path) -> str:
         """The command that pushes a run so."""
         flags = [f"--{name}" for name in ("public", "force") if vars(self)[name]]
-        flags += [f"--{name.replace('_', '-')} {vars(self)[name]}" for name in ("base_model", "license") if vars(self)[name]]
-        return " ".join(["diffalign push", shlex.quote(str(run)), self.repo, *flags])
+        flags += [f"--{name.replace('_', '-')} {shlex.quote(vars(self)[name])}" for name in ("base_model", "license") if vars(self)[name]]
+        return " ".join(["diffalign push", shlex.quote(str(run)), shlex.quote(self.repo), *flags])
 
 
 def check_name(repo: str, what: str) -> None:
@@ -78,7 +81,7 @@ def push(
 
 def upload(run: Run, to: Push) -> tuple[str, list[str]]:
     """`push`, and what the person should know besides: the address, and a note each."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 
     check_publishable(run)
     existing = check_access(to)
@@ -87,14 +90,24 @@ def upload(run: Run, to: Push) -> tuple[str, list[str]]:
     operations: list[Any] = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in found.items()]
     stale = [name for name in existing or () if ours(name) and name not in found] if CONFIG in (existing or ()) else []
     operations += [CommitOperationDelete(path_in_repo=name) for name in stale]
+    message, card = _message(run), ModelCard(bytes(found["README.md"]).decode())
     with asking(to, again):
+        card.validate()  # before there is a repository: a card that the Hub refuses would leave it empty
         if existing is None:
             api.create_repo(to.repo, private=not to.public, exist_ok=True)
-        step, reward = int(run.metrics[-1]["step"]), run.config["reward"]["name"]
-        on = f" on {short_name(reward)}" if reward and reward != LIVE else ""
-        message = f"{short_name(run.config['method']['name'])}{on}, step {step} (diffalign {versions()['diffalign']})"
         api.create_commit(to.repo, operations, commit_message=message)
     return f"{api.endpoint}/{to.repo}", notes(run, found)
+
+
+def _message(run: Run) -> str:
+    """The first line of the commit."""
+    origin = origin_of(run.config)
+    if origin.parts:
+        made = f"merged from {origin.of}"
+    else:
+        on = f" on {', '.join(map(named, origin.judges))}" if origin.judges else ""
+        made = f"{origin.method}{on}, step {int(run.metrics[-1]['step'])}"
+    return f"{made} (diffalign {versions()['diffalign']})"
 
 
 def dry_run(run: Run, to: Push, folder: Path) -> tuple[list[Path], list[str]]:
@@ -156,7 +169,7 @@ def _check_rights(who: Mapping[str, Any], repo: str) -> None:
         raise InputError(
             f"{repo} is not yours: your token is of {user}{others}. Give {user}/{repo.partition('/')[2]}, or log in: hf auth login"
         )
-    if organisations.get(owner) == "read":
+    if {name.lower(): role for name, role in organisations.items()}.get(owner.lower()) == "read":
         raise InputError(f"{user} may only read in {owner}: ask there for the right to write, or push to {user}/{repo.partition('/')[2]}.")
     token = who.get("auth", {}).get("accessToken", {})
     if token.get("role") == "read":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +16,11 @@ from diffalign.console import say
 from diffalign.errors import InputError
 from diffalign.flags import parameters
 from diffalign.low_rank import Update
+from diffalign.origin import CALLED, EXPO, origin_of
 from diffalign.run import Run, versions
 from diffalign.settings import LIVE
 
-# What of a run's settings makes its pictures what they are, beside its method's denoising steps
-SAMPLING = (
-    "guidance_scale", "image_guidance_scale", "true_cfg_scale", "negative_prompt", "height", "width", "audio_seconds",
-    "max_sequence_length", "original_size", "crops_coords_top_left", "target_size",
-)  # fmt: skip
+SAMPLING = ("guidance_scale", "audio_seconds", "max_sequence_length")  # beside CALLED, what makes a run's samples what they are
 
 
 def merge(
@@ -96,6 +92,30 @@ def _check_bases(runs: Sequence[Run]) -> None:
     if next(iter(bases))[0] == LIVE and len(runs) > 1:
         say("The runs were made from live pipeline objects: whether these were one model is not known, only that their layers are alike.")
 
+    commits = {_commit([run])["base_commit"]: run for run in runs if _commit([run])}
+    if len(commits) > 1:
+        told = [f"{run.path} at commit {commit[:12]}" for commit, run in commits.items()]
+        raise InputError(
+            f"LoRAs of different commits of {next(iter(bases))[0]} do not add up: {'; '.join(told)}. Give runs of one --revision."
+        )
+    if commits and (silent := [str(run.path) for run in runs if not _commit([run])]):
+        say(f"The commit of {next(iter(bases))[0]} is not known of {', '.join(silent)}: others are of {next(iter(commits))[:12]}.")
+
+
+def _commit(runs: Sequence[Run]) -> dict[str, str]:
+    """The commit of the base model as `versions` has it, where it is known of all runs, and the same."""
+    found = {(run.config.get("versions") or {}).get("base_commit") for run in runs}
+    commit = found.pop()
+    return {"base_commit": commit} if commit and not found else {}
+
+
+def _made(runs: Sequence[Run], how: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What made the runs, and what they were trained on: said here, since their folders may go."""
+    origins = [origin_of(run.config) for run in runs]
+    methods = [name for origin in origins for name in origin.methods] + [EXPO] * (how["extrapolate"] is not None)
+    rewards = [name for origin in origins for name in origin.judges]
+    return {"methods": list(dict.fromkeys(methods)), "rewards": list(dict.fromkeys(rewards))}
+
 
 def _read(run: Run) -> Update:
     folder = run.lora_folder
@@ -153,12 +173,11 @@ def _write(output: Path, terms: Sequence[tuple[Run, float]], update: Update, how
             # names in the header, which is handed on with the weights; in config.yaml, which stays here, folders
             rank = low_rank.write(draft / "lora", update, {"runs": named, **told})
             kept = {k: v for k, v in first.config.items() if k not in ("guard", "processes", "versions", "merged", "lora", "eval_rewards")}
-            merged = {"runs": [{"run": str(run.path.resolve()), "weight": weight} for run, weight in terms], **told}
+            merged = {"runs": [{"run": str(run.path.resolve()), "weight": weight} for run, weight in terms], **told, **_made(runs, how)}
             shape = {"rank": rank, "alpha": float(rank), "target_modules": first.config["lora"]["target_modules"], "init": None}
             new = Run(draft)
-            new.write_config({"merged": merged, **kept, "eval_rewards": judges, "lora": shape, "versions": versions()})
-            (draft / "prompts").mkdir()
-            shutil.copyfile(first.path / "prompts" / "train.jsonl", draft / "prompts" / "train.jsonl")
+            new.write_config({"merged": merged, **kept, "eval_rewards": judges, "lora": shape, "versions": versions() | _commit(runs)})
+            new.write_prompts("train", list(dict.fromkeys(prompt for run in runs for prompt in run.read_prompts("train"))))
             new.write_prompts("heldout", held)
             (draft / "samples").mkdir()
     except (OSError, SafetensorError) as error:
@@ -174,7 +193,9 @@ def _notes(runs: Sequence[Run], lost: float | None, held: int, dropped: int, lef
     if lost is not None:
         yield f"The cut to that rank loses {lost:.2%} of the update's squared norm."
     for run in runs[1:]:
-        ours, theirs = ({n: vars(r.plan.settings)[n] for n in SAMPLING} | {"sample_steps": r.plan.sample_steps} for r in (first, run))
+        ours, theirs = (
+            {n: vars(r.plan.settings)[n] for n in (*CALLED, *SAMPLING)} | {"sample_steps": r.plan.sample_steps} for r in (first, run)
+        )
         if other := [f"{name} {theirs[name]!r}" for name in ours if ours[name] != theirs[name]]:
             yield f"{run.path} was sampled with {', '.join(other)}: here it is as {first.path} has it."
         if run.plan.suffix != first.plan.suffix:

@@ -18,13 +18,14 @@ import yaml
 
 from diffalign.charts import Traced, charts
 from diffalign.checkpoint import whole
-from diffalign.console import say
+from diffalign.console import evaluated, say
 from diffalign.contract import short_name
 from diffalign.errors import InputError
 from diffalign.exhibits import of_evaluation, through_training
 from diffalign.flags import flat
 from diffalign.guard import closing
 from diffalign.guarding import guard_outcome, guard_rows
+from diffalign.origin import COSTS, Origin, evaluation_of, origin_of, reached
 from diffalign.rerun import commands
 from diffalign.run import Run
 
@@ -75,21 +76,21 @@ def of_run(run: Run) -> dict[str, Any]:
             troubles.append(f"{what} cannot be shown: {' '.join(str(error).split())[:300] or type(error).__name__}")
             return otherwise
 
-    nothing: tuple[str, str] = ("", "")
     config = read("The settings", lambda: run.config, dict[str, Any]())
     rows = read("What the run logged", lambda: _rows(run.metrics), list[dict[str, Any]]())
     guard = read("What the guard found", lambda: _guard_table(guard_rows(run.path)), list[dict[str, Any]]())
-    evaluated = (run.path / "eval.json").is_file()
-    method, reward = read("What was trained on what", lambda: names_of(config), nothing)
-    traced = Traced(run.path.resolve().name, method, reward, rows, guard)
+    measured = (run.path / "eval.json").is_file()
+    origin = read("What was trained on what", lambda: origin_of(config), Origin(()))
+    traced = Traced(run.path.resolve().name, origin.method, origin.of, rows, guard)
     return {
         "name": run.path.resolve().name,
         "state": read("How far the run is", lambda: _state(run, config, rows, guard), {"text": "unknown", "kind": "unknown"}),
-        "method": method,
-        "reward": reward,
+        "method": origin.method,
+        "of": "" if origin.parts else origin.of,
+        "merged": read("What was merged", lambda: _merged(config), None),
         "pipeline": str(config.get("pipeline") or ""),
         "facts": read("The costs", lambda: _facts(rows), list[tuple[str, str]]()),
-        "held_out": read("The held-out table", lambda: _evaluation(run.evaluation) if evaluated else None, None),
+        "held_out": read("The held-out table", lambda: _evaluation(evaluation_of(run)) if measured else None, None),
         "sheet": read("The evaluation's pictures", lambda: of_evaluation(run), None),
         "exhibition": read("Pictures through the training", lambda: through_training(run), None),
         "charts": read("The curves", lambda: charts([traced]), charts([])),
@@ -108,10 +109,13 @@ def of_runs(compared: Mapping[str, Any]) -> dict[str, Any]:
     records = compared["runs"]
     runs = [Run.open(record["path"]) for record in records]
     traced = [
-        Traced(record["run"], *names_of(run.config), _rows(run.metrics), _guard_table(guard_rows(run.path)))
+        Traced(record["run"], record["method"], record["of"], _rows(run.metrics), _guard_table(guard_rows(run.path)))
         for record, run in zip(records, runs, strict=True)
     ]
-    settings = [{**_settings(run.config), **_prefixed(run.config.get("versions") or {})} for run in runs]
+    settings = [
+        {**_settings({**run.config, **({"merged": record["of"]} if run.merged else {})}), **_prefixed(run.config.get("versions") or {})}
+        for run, record in zip(runs, records, strict=True)
+    ]
     keys = dict.fromkeys(key for own in settings for key in own)
     differ = {key: values for key in keys if len(set(values := [own.get(key, "") for own in settings])) > 1}
     shared = {key for key in keys if all(key in own for own in settings)}  # of another method, or an older version, are the others
@@ -138,12 +142,6 @@ def _rewards(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise InputError(f"{record['path']}/eval.json is damaged. Write it again: diffalign eval {record['path']}") from error
 
 
-def names_of(config: Mapping[str, Any]) -> tuple[str, str]:
-    """What a run's method and its reward, or its data, are called."""
-    method, reward = ((config.get(key) or {}).get("name") or "" for key in ("method", "reward"))
-    return short_name(str(method)) if method else "", short_name(str(reward)) if reward else str(config.get("data") or "")
-
-
 def _rows(rows: Sequence[Any]) -> list[dict[str, Any]]:
     if not all(isinstance(row, dict) for row in rows):
         raise InputError("a line of metrics.jsonl is no object.")
@@ -151,25 +149,29 @@ def _rows(rows: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def _state(run: Run, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], guard: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    done, steps = int(rows[-1]["step"]) if rows else 0, int(config["steps"])
-    if guard and guard[-1]["fired"] and guard[-1]["step"] == done:
-        return {"text": f"ended by its guard at step {done:,} of {steps:,}", "kind": "guarded"}
-    weights = (run.path / ("model" if config.get("full") else "lora")).is_dir()
-    if done >= steps and weights:
-        return {"text": f"finished, {steps:,} steps", "kind": "finished"}
-    return {"text": f"unfinished, at step {done:,} of {steps:,}", "kind": "unfinished"}
+    found = reached(run, config, rows, guard)
+    return {"text": found.text, "kind": found.kind}
+
+
+def _merged(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a merged run is the sum of, and how."""
+    merged = config.get("merged")
+    if not merged:
+        return None
+    how = {"extrapolate": "extrapolated by {:g} (ExPO), folded into the weights", "rank": "cut to rank {}", "lost": "which loses {:.2%}"}
+    return {
+        "parts": [(Path(part["run"]).name, part["run"], f"{part['weight']:+g}") for part in merged["runs"]],
+        "methods": ", ".join(map(short_name, merged.get("methods", ()))),
+        "rewards": ", ".join(map(short_name, merged.get("rewards", ()))),
+        "how": ", ".join(text.format(merged[key]) for key, text in how.items() if key in merged),
+    }
 
 
 def _facts(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """What all steps took, where the run logged it."""
     last = rows[-1] if rows else {}
-    labels = {
-        "reward_queries": "reward queries",
-        "network_samples": "network samples",
-        "seconds": "seconds",
-        "peak_memory_mb": "MB at most",
-    }
-    return [(label, f"{last[key]:,.0f}") for key, label in labels.items() if last.get(key)]
+    shown = ("reward_queries", "network_samples", "seconds", "peak_memory_mb")
+    return [(COSTS[key], f"{last[key]:,.0f}") for key in shown if last.get(key)]
 
 
 def _evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,8 +189,11 @@ def _evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     ]
     return {
         "prompts": count,
+        "said": evaluated(evaluation),
+        "seen": int(evaluation.get("trained_on") or 0),
         "denoising_steps": evaluation.get("denoising_steps"),
-        "pairs": pairs and {"count": int(pairs["count"]), "accuracy": float(pairs["implicit_accuracy"])},
+        "pairs": pairs
+        and {"count": int(pairs["count"]), "accuracy": float(pairs["implicit_accuracy"]), "seen": bool(pairs.get("trained_on"))},
         "rewards": [{**row, "drawn": _drawn(row, _extent([row]))} for row in rows],
     }
 

@@ -39,9 +39,11 @@ PAPERS = {
         "LAION-5B: An open large-scale dataset for training next generation image-text models",
         "NeurIPS 2022",
     ),
+    "2404.16792": ("Zheng et al.", "Weak-to-Strong Extrapolation Expedites Alignment", "2024"),
     "2106.09685": ("Hu et al.", "LoRA: Low-Rank Adaptation of Large Language Models", "ICLR 2022"),
 }
 LORA = ("2106.09685",)
+EXPO = {"expo": ("2404.16792",)}  # `diffalign merge --extrapolate`
 METHODS = {
     "draft": ("2309.17400",),
     "draft-lv": ("2309.17400",),
@@ -75,9 +77,14 @@ REWARDS = {
 }
 
 
-def citations(method: str, rewards: Iterable[str], *, lora: bool) -> list[str]:
+def citations(methods: Iterable[str], rewards: Iterable[str], *, lora: bool) -> list[str]:
     """A line of Markdown for each paper, once, in that order. A name that no paper is known for, such as a plug-in's, has none."""
-    ids = [*METHODS.get(method, ()), *(paper for reward in rewards for paper in REWARDS.get(reward, ())), *(LORA if lora else ())]
+    known = METHODS | EXPO
+    ids = [
+        *(paper for method in methods for paper in known.get(method, ())),
+        *(paper for reward in rewards for paper in REWARDS.get(reward, ())),
+        *(LORA if lora else ()),
+    ]
     return [_line(paper) for paper in dict.fromkeys(ids)]
 
 

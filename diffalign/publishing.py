@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,16 +15,33 @@ from diffalign import bare
 from diffalign.base import Base
 from diffalign.card import card
 from diffalign.checkpoint import occupied, whole
-from diffalign.compare import check_finished
 from diffalign.errors import InputError
 from diffalign.guarding import guard_outcome
 from diffalign.lora import WEIGHTS
+from diffalign.origin import check_finished, evaluation_of
 from diffalign.run import Run
 
 CARD, CONFIG, EVALUATION, PICTURE, CURVE = "README.md", "diffalign.yaml", "eval.json", "before-after.png", "curve.png"
 HEARD = re.compile(r"(before|after)-\d+\.wav")
 MODEL = re.compile(r"(unet|transformer)/(config\.json|diffusion_pytorch_model[\w.-]*)")
 OF_THE_MACHINE = ("device",)
+TEXTS = ("negative_prompt", "suffix", "prompt", "text")  # fields of words, not of files, whatever they begin with
+FILED = (
+    "name",
+    "pipeline",
+    "prompts",
+    "data",
+    "eval_prompts",
+    "rewards",
+    "eval_rewards",
+    "init",
+    "run",
+    "folder",
+    "checkpoint",
+    "file",
+    "path",
+    "model",
+)
 
 Contents = dict[str, bytes | Path]
 
@@ -48,7 +65,8 @@ def contents(run: Run, repo: str, base: Base) -> Contents:
     Optimiser states, checkpoints and prompt lists stay at home, and so does where things lie: of a path its last part is told. Raises
     InputError where a file of the run is missing or damaged, or would still tell something of the machine.
     """
-    evaluation = public(run.evaluation) if (run.path / "eval.json").is_file() else None
+    measured = evaluation_of(run) if (run.path / "eval.json").is_file() else None
+    evaluation = measured and public({**measured, **({"guard": _of_guard(measured["guard"])} if "guard" in measured else {})})
     config = public({name: value for name, value in run.config.items() if name not in OF_THE_MACHINE})
     found: Contents = {CONFIG: yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()}
     found |= _weights(run, base) | _media(run)
@@ -58,7 +76,7 @@ def contents(run: Run, repo: str, base: Base) -> Contents:
         found[CURVE] = run.path / CURVE
     prompts = {part: run.read_prompts(part) for part in ("train", "heldout")}
     shown = prompts["heldout"] if found.get(PICTURE) == run.path / "samples" / PICTURE else []
-    facts = {"evaluation": evaluation, "guard": guard_outcome(run), "prompts": prompts, "shown": shown, "files": sorted(found)}
+    facts = {"evaluation": evaluation, "guard": _of_guard(guard_outcome(run)), "prompts": prompts, "shown": shown, "files": sorted(found)}
     found[CARD] = card(run, repo, base, config=config, **facts).encode()
     _check_private(run, found)
     return dict(sorted(found.items()))
@@ -79,22 +97,58 @@ def write(found: Contents, folder: Path) -> list[Path]:
     return [folder / name for name in found]
 
 
-def public(value: Any) -> Any:
-    """Plain values without paths of the machine: of an absolute path its last part, of an address no login and no query."""
+def public(value: Any, field: str = "") -> Any:
+    """Plain values without paths of the machine, in keys too: of an absolute path its last part, of an address no login and no query.
+
+    Keys that are the same then are numbered. `field` is the key that the value has: what is a text for people stays as it is.
+    """
     match value:
         case Mapping():
-            return {key: public(inner) for key, inner in value.items()}
-        case list():
-            return [public(inner) for inner in value]
+            told: dict[Any, Any] = {}
+            for key, inner in value.items():
+                name = _public_text(key, "name") if isinstance(key, str) else key
+                count = 2
+                while name in told or (name != key and name in value):
+                    name, count = f"{_public_text(key, 'name')} ({count})", count + 1
+                told[name] = public(inner, key)
+            return told
+        case list() | tuple():
+            return [public(inner, field) for inner in value]
         case str():
-            return _public_text(value)
+            return _public_text(value, field)
         case _:
             return value
 
 
-def _public_text(text: str) -> str:
-    if text.startswith(("/", "~")):
-        return text.rstrip("/").rpartition("/")[2] or text
+def is_path(text: str, field: str = "") -> bool:
+    """Whether the value of a field tells where something lies: it is absolute or in a home folder, and of a field that names files, or
+    of two parts or more and without a blank, or there."""
+    if field in TEXTS or not re.match(r"/[^/]|~[\w.-]*/", text):
+        return False
+    if field in FILED:
+        return True
+    return "/" in text.rstrip("/")[1:] and (not re.search(r"\s", text) or _there(text))
+
+
+def _there(text: str) -> bool:
+    try:
+        return Path(text.partition(".py:")[0] + ".py" if ".py:" in text else text).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
+def _of_guard(outcome: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """`public` of what came of a guard, whose sentence names the reward that fired."""
+    if outcome is None or not outcome["fired"]:
+        return public(outcome)
+    measure, text = outcome["fired"]["measure"], outcome["fired"]["text"]
+    fired = {"measure": _public_text(measure, "name"), "text": text.replace(measure, _public_text(measure, "name"))}
+    return public({**outcome, "fired": {**outcome["fired"], **fired}})
+
+
+def _public_text(text: str, field: str = "") -> str:
+    if is_path(text, field):
+        return text.rstrip("/").rpartition("/")[2]
     if text.startswith(("http://", "https://")):
         parts = urlsplit(text)
         return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
@@ -148,13 +202,28 @@ def _check_private(run: Run, found: Contents) -> None:
     """Raise InputError where a text, or the header of weights, still tells of the machine or holds the token: the last look."""
     from huggingface_hub import get_token
 
-    paths, token = {str(Path.home()), str(run.path.resolve())} - {"/"}, get_token()
+    paths, token = ({str(Path.home()), str(run.path.resolve())} - {"/"}) | set(_paths(run.config)), get_token()
     secret = {path: "a path of this machine" for path in paths} | ({token: "your token"} if token else {})
     for name, content in found.items():
         said = content if isinstance(content, bytes) else _header(content)
         for text, what in secret.items():
             if text.encode() in said:
                 raise InputError(f"{name} would tell {what}, and is not uploaded: take it out of the run's files.")
+
+
+def _paths(value: Any, field: str = "") -> Iterator[str]:
+    """The paths in a run's settings, keys included."""
+    match value:
+        case Mapping():
+            for key, inner in value.items():
+                yield from (*_paths(key, "name"), *_paths(inner, str(key)))
+        case list():
+            for inner in value:
+                yield from _paths(inner, field)
+        case str() if is_path(value, field):
+            yield value.rstrip("/")
+        case _:
+            pass
 
 
 def _header(file: Path) -> bytes:

@@ -15,6 +15,8 @@ from diffalign.settings import LIVE
 def commands(run: Run, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """`(what it does, the command or call)`: to train again, to go on, to sample, to evaluate, to write the page."""
     folder, live = shlex.quote(str(run.path)), LIVE in (config.get("pipeline"), (config.get("reward") or {}).get("name"))
+    if run.merged:
+        return [("The same merge, into a new folder", merging(run)), *_looking(run, folder, live)]
     processes = int(config.get("processes") or 1)
     start = "diffalign" if processes == 1 else f"torchrun --nproc_per_node {processes} -m diffalign"
     if live:
@@ -23,11 +25,24 @@ def commands(run: Run, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     else:
         found = [("The same training, into a new folder", f"{start} train --config {shlex.quote(str(run.path / 'config.yaml'))}")]
         found += [("Go on with it; a finished one takes --steps", f"{start} train --resume {folder}")]
+    return [*found, *_looking(run, folder, live)]
+
+
+def _looking(run: Run, folder: str, live: bool) -> list[tuple[str, str]]:
     held_out = run.read_prompts("heldout")
-    found += [("Sample, before and after", again(run.path, held_out[0], config.get("pipeline") == LIVE))]
+    found = [("Sample, before and after", again(run.path, held_out[0], run.config.get("pipeline") == LIVE))]
     if not live:
         found += [("Evaluate on held-out prompts again", f"diffalign eval {folder}")]
     return [*found, ("This page again", f"diffalign report {folder}")]
+
+
+def merging(run: Run) -> str:
+    """The `diffalign merge` that makes the merged run again, with what was extrapolated folded into its weights."""
+    merged = run.merged or {}
+    folders = " ".join(shlex.quote(part["run"]) for part in merged["runs"])
+    weights = " ".join(f"{part['weight']!r}" for part in merged["runs"])
+    rank = f" --rank {merged['rank']}" if "rank" in merged else ""
+    return f"diffalign merge {folders} --weights {weights}{rank} --output NEW"
 
 
 def again(path: Path, prompt: Prompt, live: bool) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +40,7 @@ from diffalign.loop import Training, prepare, train
 from diffalign.lora import as_loaded
 from diffalign.memory import Trial, within_budget
 from diffalign.models import class_of, make_policy, modality_of, prepare_to_train
+from diffalign.origin import trained_on
 from diffalign.pages import reported
 from diffalign.peaks import forget_peak
 from diffalign.processes import least_of_all, make_accelerator, mesh_of, one_for_all
@@ -101,8 +102,12 @@ def start(
         if accelerator.is_main_process:
             commit = commit_of(policy.pipe.name_or_path) if live is None else None
             run = Run.create(path, {**plan.config(), "processes": accelerator.num_processes}, live, commit)
-            run.write_prompts("train", train_prompts)
+            taught = train_prompts if data is None or plan.method.needs.data_role == "besides" else data[0].prompts
+            run.write_prompts("train", taught)
             run.write_prompts("heldout", held_out)
+            seen = trained_on(held_out, taught)
+            if seen and (eval_prompts is not None or set(held_out) != set(taught)):  # else it has been said
+                say(f"{seen} of {len(held_out)} held-out prompts are among those trained on. Give others: --eval-prompts FILE.")
         accelerator.wait_for_everyone()
         run = Run.open(path, live)
         with run.alone() if accelerator.is_main_process else nullcontext(), reported(run, accelerator.is_main_process):
@@ -214,7 +219,9 @@ def drive(
     if (main or settings.fsdp) and settings.eval_size and (rewards or data):
         chosen, files = held_out[: settings.eval_size], (run.path / "eval.json", run.path / "samples" / "before-after.png")
         try:
-            results = evaluate_into(plan, policy, rewards, chosen, settings.seed + 1, *files, data, guard=watched, write=main)
+            results = evaluate_into(
+                plan, policy, rewards, chosen, settings.seed + 1, *files, data, trained=prompts, guard=watched, write=main
+            )
         except KeyboardInterrupt:
             say(f"The weights are saved. Evaluate them: diffalign eval {run.path}")
             raise
@@ -225,7 +232,8 @@ def drive(
     if main:
         if watched is not None:
             say(closing(watched))
-        run.save_picture("curve.png", curve({run.path.name: run.metrics}))
+        if any(row.get("reward") is not None for row in run.metrics):  # methods on data ask no reward
+            run.save_picture("curve.png", curve({run.path.name: run.metrics}))
         say(f"Run: {run.path}   Page: {run.path / 'report.html'}   Again: {again(run.path, shown[0], settings.pipeline == LIVE)}")
     for tracker in accelerator.trackers:
         tracker.finish()
@@ -286,6 +294,8 @@ def evaluate_into(
     output: Path,
     picture: Path,
     data: Data = None,
+    *,
+    trained: Sequence[Prompt],
     pairs: Any = None,
     guard: Any = None,
     write: bool = True,
@@ -293,6 +303,7 @@ def evaluate_into(
 ) -> dict[str, Any]:
     """Compare the policy with its base model, and write what `evaluate` found to `output` and the pictures to `picture`; sounds beside it.
 
+    `trained` are the prompts of the training: how many of those of the evaluation are among them is written too, as `trained_on`.
     `pairs` is what was measured on the data before, `guard` what came of the run's guard; both stay. Where all processes work on one
     network, the first is to `write`. `draws` are by default the settings' eval_draws.
     """
@@ -301,7 +312,8 @@ def evaluate_into(
     if data is not None and plan.method.needs.data == "pairs":
         held = data[1]
         accuracy = implicit_accuracy(policy, held, seed=seed, batch_size=plan.settings.batch_size)
-        pairs = {"count": len(held), "implicit_accuracy": accuracy}
+        pairs = {"count": len(held), "implicit_accuracy": accuracy, "trained_on": trained_on(held.prompts, data[0].prompts)}
+    results["trained_on"] = trained_on(prompts, trained)
     results |= {name: value for name, value in {"pairs": pairs, "guard": guard}.items() if value}
     if not write:
         return results

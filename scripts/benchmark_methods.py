@@ -40,11 +40,12 @@ import yaml
 
 import diffalign
 from diffalign import checkpoint, examples, registry
-from diffalign.compare import COSTS, measure
+from diffalign.compare import measure
 from diffalign.config import resolve
 from diffalign.data import SpokenPrompt, text_of
 from diffalign.evaluate import implicit_accuracy, kl_to_base, sample, score
 from diffalign.inputs import named_rewards
+from diffalign.origin import COSTS
 from diffalign.run import Run
 
 AXES = {"queries": "reward_queries", "seconds": "seconds", "kl": "kl_to_base"}

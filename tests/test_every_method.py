@@ -68,6 +68,41 @@ def test_an_evaluation_keeps_what_was_measured_on_the_data(pairs: Path, tmp_path
     assert after["pairs"] == before["pairs"]
 
 
+def test_what_was_trained_on_is_not_called_held_out(pairs: Path, tmp_path: Path, run_cli: Callable[..., Any]) -> None:
+    """Four pairs, of which none can be held out, one of whose prompts is among those of the evaluation too."""
+    asked = [json.loads(line)["prompt"] for line in (pairs / "pairs.jsonl").read_text().splitlines()][:4]
+    (tmp_path / "held.txt").write_text(f"{asked[0]}\ntwo small green squares on a yellow background\n")
+    words = [word for flag, value in SMALL.items() for word in (f"--{flag.replace('_', '-')}", value)]
+    flags = ["--data-limit", 4, "--eval-prompts", "held.txt", "--eval-rewards", "[shapes-checker]", "--output", "run"]
+    outcome = run_cli("train", "--method", "diffusion-dpo", "--data", pairs, *words, *flags)
+    assert outcome.status == 0, outcome.err
+    assert "1 of 2 held-out prompts are among those trained on" in outcome.err
+    assert "2 prompts, 1 of them trained on" in outcome.out + outcome.err
+    run = diffalign.load(tmp_path / "run")
+    assert run.read_prompts("train") == asked, "not the prompts that the model brings along"
+    assert (run.evaluation["trained_on"], run.evaluation["pairs"]["trained_on"]) == (1, 4)
+    assert not (run.path / "curve.png").exists(), "no step had a reward"
+    page = (run.path / "report.html").read_text()
+    assert f"diffusion-dpo on shapes with {pairs}" in page
+    assert "Of 4 pairs that it was trained on" in page
+    assert "not trained on" not in page
+    assert run_cli("push", "run", "anna/x", "--dry-run", "out").status == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| data | made: 4 examples of " in card
+    assert "of 4 pairs that it was trained on" in card
+    assert "On 2 prompts, 1 of them trained on" in card
+    assert "| prompts |" not in card
+    assert "type: prompts" in card
+    assert "heldout and train" in card
+    (tmp_path / "held.txt").write_text(f"{asked[0]}\n")
+    assert run_cli("eval", "run", "--prompts", "held.txt").status == 0
+    assert run_cli("push", "run", "anna/x", "--dry-run", "again").status == 0
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "1 training prompts" in card
+    assert "split: train" in card
+    assert "Held-out scores" not in card
+
+
 @pytest.mark.parametrize("method", ["d3po", "raft"])
 def test_the_check_of_a_constant_reward_says_so(method: str, tmp_path: Path, run_cli: Callable[..., Any]) -> None:
     (tmp_path / "r.py").write_text("def constant(images, prompts):\n    return images.mean((1, 2, 3)) * 0\n")

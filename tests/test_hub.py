@@ -27,7 +27,7 @@ from diffalign.base import base_of
 from diffalign.cli import main
 from diffalign.errors import InputError
 from diffalign.hub import Push, check_name, push
-from diffalign.publishing import public
+from diffalign.publishing import _of_guard, public
 from diffalign.run import Run
 from diffalign.sources import commit_of
 
@@ -244,6 +244,7 @@ RIGHTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
         None,
     ),
     "somebody else": ("bob/my-lora", {"role": "write"}, "is not yours: your token is of anna, of lab, library. Give anna/my-lora"),
+    "the same, in other letters": ("Library/my-lora", {"role": "write"}, "may only read in Library"),
     "an organisation that may be read": ("library/my-lora", {"role": "write"}, "may only read in library"),
     "an organisation": ("lab/my-lora", {"role": "write"}, None),
 }
@@ -433,8 +434,76 @@ def test_a_training_pushes_its_run(files: Path, hub: Hub, run_cli: Callable[...,
 
 
 def test_the_command_that_pushes_again() -> None:
-    to = Push(REPO, public=True, base_model="a/b", license="mit")
-    assert to.command("my runs/x") == f"diffalign push 'my runs/x' {REPO} --public --base-model a/b --license mit"
+    to = Push(REPO, public=True, base_model="a/b", license="openrail++")
+    command = to.command("my runs/x")
+    assert command == f"diffalign push 'my runs/x' {REPO} --public --base-model a/b --license openrail++"
+
+
+def test_a_merged_run_is_pushed_as_what_it_is(shapes: Path, hub: Hub, tmp_path: Path) -> None:
+    other = copied(shapes, tmp_path, method={"name": "ddpo"}, reward={"name": "jpeg-compressibility"})
+    merged = diffalign.merge([shapes, other], [1, -0.25], extrapolate=1.0, output=tmp_path / "both")
+    push(merged, REPO)
+    repository = hub.repositories[REPO]
+    (message,) = repository.commits
+    assert message.startswith("merged from shapes x 2, copy x -0.5 (diffalign ")
+    card = card_of(repository.files["README.md"])
+    for words in (
+        "merged from shapes x 2, copy x -0.5 by",
+        "by 1 (ExPO)",
+        "| methods of the runs | draft, ddpo |",
+        "shapes-clip, jpeg-compress",
+    ):
+        assert words in card.text, words
+    for paper in ("2309.17400", "2305.13301", "2404.16792"):
+        assert f"arxiv.org/abs/{paper}" in card.text, paper
+    for words in ("| steps |", "reward queries", "--config diffalign.yaml", str(tmp_path)):
+        assert words not in card.text, words
+    assert {"merge", "lora"} <= set(card.data.tags or ())
+
+
+def test_what_fails_before_the_upload_leaves_no_repository(opened: Run, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.fail("POST /api/validate-yaml", 400)
+    with pytest.raises(InputError, match="The Hub answered 400 for anna/my-lora"):
+        push(opened, REPO)
+    with pytest.raises(InputError, match="--license: 'My Licence' can be no licence"):
+        push(opened, REPO, license="My Licence")
+    with pytest.raises(InputError, match=r"--license: shapes comes with diffalign, under apache-2\.0"):
+        push(opened, REPO, license="mit")
+    monkeypatch.setattr(Run, "metrics", [])
+    with pytest.raises(InputError, match="is unfinished"):
+        push(opened, REPO)
+    assert hub.repositories == {}
+
+
+def test_paths_are_told_from_texts() -> None:
+    home = {"/data/anna/v1.py:score": 1, "/data/bob/v1.py:score": 2, "v1.py:score (2)": 3, "red": 4}
+    assert public(home) == {"v1.py:score": 1, "v1.py:score (3)": 2, "v1.py:score (2)": 3, "red": 4}
+    texts = {"negative_prompt": "~ugly / bad", "suffix": "/a/b", "note": "/imagine a cat / dog", "other": "~", "ratio": "/ 2"}
+    assert public(texts) == texts
+    paths = {
+        "pipeline": "/data/my models/sd",
+        "name": "/data/x/my rewards.py:red",
+        "url": "/data/x/y",
+        "rewards": ["~/r.py:a", "~bob/r.py:b"],
+    }
+    assert public(paths) == {"pipeline": "sd", "name": "my rewards.py:red", "url": "y", "rewards": ["r.py:a", "r.py:b"]}
+
+
+def test_paths_in_keys_and_in_other_texts(shapes: Path, hub: Hub, tmp_path: Path) -> None:
+    run = copied(shapes, tmp_path, eval_prompts="/data/anna/held.txt")
+    found = json.loads((run / "eval.json").read_text())
+    scores = found["rewards"]["shapes-clip"]
+    (run / "eval.json").write_text(json.dumps({**found, "rewards": {"/data/anna/v1.py:score": scores, "/data/bob/v1.py:score": scores}}))
+    push(run, REPO)
+    files = hub.repositories[REPO].files
+    assert json.loads(files["eval.json"])["rewards"].keys() == {"v1.py:score", "v1.py:score (2)"}
+    assert not any(b"/data/" in content for content in files.values())
+    kept = {"fired": {"measure": "/data/anna/w.py:w", "text": "/data/anna/w.py:w fell by 2 to 3"}, "step": 2}
+    assert _of_guard(kept) == {"fired": {"measure": "w.py:w", "text": "w.py:w fell by 2 to 3"}, "step": 2}
+    said = copied(run, tmp_path / "said", negative_prompt="as in /data/anna/held.txt")
+    with pytest.raises(InputError, match="would tell a path of this machine"):
+        push(said, "anna/said")
+    assert "anna/said" not in hub.repositories
 
 
 def test_every_method_has_the_paper_that_the_table_has() -> None:
@@ -445,9 +514,11 @@ def test_every_method_has_the_paper_that_the_table_has() -> None:
         said = rows.get(name, table)
         assert all(paper in said or f"[{paper}]" in table for paper in ids), name
         assert name not in rows or ids[0] in said or "the same" in said, name
-    assert {paper for ids in (*papers.METHODS.values(), *papers.REWARDS.values(), papers.LORA) for paper in ids} == papers.PAPERS.keys()
-    assert len(papers.citations("refl", ["image-reward"], lora=False)) == 1, "each paper once"
-    assert papers.citations("mine.py:Mine", ["red"], lora=False) == []
+    assert {
+        paper for ids in (*papers.METHODS.values(), *papers.REWARDS.values(), *papers.EXPO.values(), papers.LORA) for paper in ids
+    } == papers.PAPERS.keys()
+    assert len(papers.citations(["refl"], ["image-reward"], lora=False)) == 1, "each paper once"
+    assert papers.citations(["mine.py:Mine"], ["red"], lora=False) == []
 
 
 def test_the_commit_of_a_model_in_the_cache() -> None:

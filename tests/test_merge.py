@@ -242,7 +242,9 @@ def test_a_merged_run_is_a_run(runs: Path, files: Path, run_cli: Any, tmp_path: 
     assert f"{two} was sampled with guidance_scale 3.0: here it is as {one} has it." in outcome.err
     assert_is(both, files, [(0.75, ONE, one), (-0.5, TWO, two)])
     config = yaml.safe_load((both / "config.yaml").read_text())
-    assert config["merged"] == {"runs": [{"run": str(one), "weight": 0.75}, {"run": str(two), "weight": -0.5}]}
+    red, bright = (diffalign.load(run).config["reward"]["name"] for run in (one, two))
+    runs_of = [{"run": str(one), "weight": 0.75}, {"run": str(two), "weight": -0.5}]
+    assert config["merged"] == {"runs": runs_of, "methods": ["draft"], "rewards": [red, bright]}
     assert (config["lora"]["rank"], config["lora"]["alpha"], config["guidance_scale"]) == (5, 5.0, 2.0)
     with safe_open(both / "lora" / WEIGHTS, "pt") as file:
         assert json.loads(file.metadata()["diffalign"]) == {"runs": [["one", 0.75], ["two", -0.5]]}
@@ -279,7 +281,8 @@ def test_expo(runs: Path, files: Path, run_cli: Any, tmp_path: Path) -> None:
     assert run_cli("merge", two, "--extrapolate", 0.5, "--from", one, "--output", "away").status == 0
     assert_is(tmp_path / "away", files, [(1.5, TWO, two), (-0.5, ONE, one)])
     told = diffalign.load(tmp_path / "away").config["merged"]
-    assert told == {"runs": [{"run": str(two), "weight": 1.5}, {"run": str(one), "weight": -0.5}], "extrapolate": 0.5}
+    assert (told["runs"], told["extrapolate"]) == ([{"run": str(two), "weight": 1.5}, {"run": str(one), "weight": -0.5}], 0.5)
+    assert told["methods"] == ["draft", "expo"]
     diffalign.merge([one, two], [0.5, 0.25], extrapolate=1.0, output=tmp_path / "mean")
     assert_is(tmp_path / "mean", files, [(1.0, ONE, one), (0.5, TWO, two)])
 
@@ -289,7 +292,8 @@ def test_a_cut_says_what_is_lost_and_a_rank_that_is_no_cut_is_exact(runs: Path, 
     outcome = run_cli("merge", one, two, "--weights", 1, 1, "--rank", 2, "--output", "cut")
     assert outcome.status == 0, outcome.err
     exact = diffalign.merge([one, two], [1, 1], rank=64, output=tmp_path / "exact")
-    assert exact.merged == {"runs": exact.merged["runs"], "rank": 64} if exact.merged else False
+    assert exact.merged is not None
+    assert (exact.merged["rank"], "lost" in exact.merged) == (64, False)
     assert_is(tmp_path / "exact", files, [(1.0, ONE, one), (1.0, TWO, two)])
     whole, cut = (low_rank.read(tmp_path / name / "lora").layers for name in ("exact", "cut"))
     error = sum(float(((whole[name].delta() - cut[name].delta()) ** 2).sum()) for name in whole)
@@ -363,6 +367,49 @@ def test_a_run_of_sound_is_merged_and_evaluated(run_cli: Any, tmp_path: Path) ->
             torch.testing.assert_close(found, module.weight, rtol=0, atol=1e-6)
     outcome = run_cli("eval", "sum", "--limit", 1)
     assert outcome.status == 0, outcome.err
+
+
+def test_the_page_and_the_comparison_of_a_merged_run(runs: Path, run_cli: Any, tmp_path: Path) -> None:
+    one, two, both = runs / "one", runs / "two", tmp_path / "both"
+    diffalign.merge([one, two], [0.75, -0.5], rank=2, output=both)
+    assert run_cli("report", both).status == 0
+    page = (both / "report.html").read_text()
+    for words in (
+        "merged, not trained",
+        "What was merged",
+        ">+0.75<",
+        ">-0.5<",
+        "cut to rank 2, which loses",
+        "made by draft, on red, bright",
+    ):
+        assert words in page, words
+    for words in (">unfinished", "train --config", "train --resume", "No pictures", "draft on ", "Nothing was logged"):
+        assert words not in page, words
+    command = f"diffalign merge {one} {two} --weights 0.75 -0.5 --rank 2 --output NEW"
+    assert command in page
+    assert run_cli(*command.split()[1:]).status == 0
+    for name, value in tensors_of(both / "lora").items():
+        torch.testing.assert_close(tensors_of(tmp_path / "NEW" / "lora")[name], value, rtol=0, atol=0)
+    assert run_cli("compare", one, both, "--limit", 0, "--output", "out").status == 0
+    compared = (tmp_path / "out" / "compare.html").read_text()
+    assert "one x 0.75, two x -0.5" in compared
+    assert str(runs / "two") not in compared.partition('id="differ"')[2].replace(str(runs / "two.py"), "")
+    shutil.rmtree(both / "lora")
+    outcome = run_cli("compare", both, "--limit", 0)
+    assert (outcome.status, "is unfinished" in outcome.err, "diffalign merge" in outcome.err) == (2, True, True)
+
+
+def test_the_commit_of_the_base_model(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, also, b = (changed(runs, tmp_path / n, versions={"base_commit": commit}) for n, commit in (("a", "c0"), ("also", "c0"), ("b", "c1")))
+    kept = diffalign.merge([a, also], [1, 1], output=tmp_path / "kept")
+    assert kept.config["versions"]["base_commit"] == "c0"
+    with pytest.raises(InputError, match=rf"LoRAs of different commits of .*: {a} at commit c0; {b} at commit c1. Give runs of one"):
+        diffalign.merge([a, b], [1, 1], output=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    capsys.readouterr()
+    run = diffalign.merge([a, runs / "one"], [1, 1], output=tmp_path / "unknown")
+    assert "base_commit" not in run.config["versions"]
+    assert f"is not known of {runs / 'one'}: others are of c0" in capsys.readouterr().err
 
 
 # What cannot be merged
