@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,7 +57,8 @@ def test_the_draws_of_a_prompt_are_one_difference() -> None:
         for name, weight in policy.module.named_parameters():
             if "lora_B" in name:
                 weight.fill_(0.05)
-    prompts, chosen = ["a dog", "a cat", "a cow"], {"steps": 2, "seed": 3, "batch_size": 4}
+    prompts = ["a dog", "a cat", "a cow"]
+    chosen: dict[str, Any] = {"steps": 2, "seed": 3, "batch_size": 4}
 
     @reward(differentiable=True)
     def light(images: Tensor, prompts: Prompts) -> Tensor:
