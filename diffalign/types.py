@@ -345,6 +345,17 @@ class SoundPolicy(Policy, Protocol):
 
 
 @runtime_checkable
+class DroppingPolicy(Policy, Protocol):
+    """A policy that says what a prompt's tensors become where training leaves the text out, in `rows`, bool (B,).
+
+    `dropped` None, or none at all: those of the empty text.
+    """
+
+    @property
+    def dropped(self) -> Callable[[Mapping[str, Tensor], Tensor], Mapping[str, Tensor]] | None: ...
+
+
+@runtime_checkable
 class EditingPolicy(PicturePolicy, Protocol):
     """A policy that edits pictures, and is trained without them too."""
 

@@ -34,6 +34,7 @@ class Voice:
     coding: tuple[object, ...]
     takes: tuple[PromptField, ...] = ()
     unspeakable: Callable[[str], str | None] = says_nothing
+    dropped: Callable[[Named, Tensor], Named] | None = None
     uneven: bool = False
     notes: tuple[str, ...] = ()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from string import punctuation
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -72,7 +73,7 @@ def longcat_audio(seed: int = 0, transformer: dict[str, Any] | None = None, **sc
     torch.manual_seed(seed)
     config = dict(dit_dim=16, dit_depth=2, dit_heads=2, dit_text_dim=16, latent_dim=8)
     network = LongCatAudioDiTTransformer(**{**config, **(transformer or {})})
-    words = text_t5()[1]
+    words = text_t5(LETTERS + punctuation)[1]  # which the real one has too
     text = UMT5Config(vocab_size=len(words), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     vae = LongCatAudioDiTVae(
         channels=8, c_mults=[1, 2, 2], strides=[2, 10, 10], latent_dim=8, encoder_latent_dim=16, downsampling_ratio=200, sample_rate=2000
