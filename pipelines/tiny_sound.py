@@ -73,16 +73,20 @@ def longcat_audio(seed: int = 0, transformer: dict[str, Any] | None = None, **sc
     torch.manual_seed(seed)
     config = dict(dit_dim=16, dit_depth=2, dit_heads=2, dit_text_dim=16, latent_dim=8)
     network = LongCatAudioDiTTransformer(**{**config, **(transformer or {})})
-    words = text_t5(LETTERS + punctuation)[1]  # which the real one has too
+    words = text_t5()[1]
     text = UMT5Config(vocab_size=len(words), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     vae = LongCatAudioDiTVae(
         channels=8, c_mults=[1, 2, 2], strides=[2, 10, 10], latent_dim=8, encoder_latent_dim=16, downsampling_ratio=200, sample_rate=2000
     )
     with torch.no_grad():
         vae.decoder.layers[-2].weight_g.mul_(0.05)  # within full scale
+    text_encoder = UMT5EncoderModel(text)
+    with torch.random.fork_rng(devices=[]):  # punctuation besides, as the real one has it
+        words = text_t5(LETTERS + punctuation)[1]
+        text_encoder.resize_token_embeddings(len(words), mean_resizing=False)
     return quiet(
         LongCatAudioDiTPipeline(
-            vae=vae, text_encoder=UMT5EncoderModel(text), tokenizer=words, transformer=awake(network),
+            vae=vae, text_encoder=text_encoder, tokenizer=words, transformer=awake(network),
             scheduler=flow({"shift": 1.0, "invert_sigmas": True, **scheduler}),
         )
     )  # fmt: skip
