@@ -189,6 +189,9 @@ def score_files_by_part(
         if source is not None:
             raise InputError(f"--image: {reward} judges sound. Drop it.")
         sounds = [read_wav(file) for file in files]
+        for rate in checked.hears:
+            for file, sound in zip(files, sounds, strict=True):
+                sound.length_at(rate, str(file))
         _open_to_score(checked, prompt, transcript)
         for file, score in _score_sounds(checked, files, sounds, prompt, transcript):
             yield file, score, _of_parts(checked)
@@ -222,10 +225,11 @@ def _of_parts(reward: CheckedReward) -> dict[str, float]:
 def _score_sounds(
     reward: CheckedReward, files: Sequence[Path], sounds: Sequence[Sound], prompt: str | None, transcript: str | None
 ) -> Iterator[tuple[Path, float]]:
-    wanted = reward.sample_rate
-    others = sorted({sound.sample_rate for sound in sounds} - {wanted}) if wanted is not None else []
-    if others:
-        say(f"Resampled to the {wanted} Hz that {reward.name} hears: the files have {', '.join(map(str, others))} Hz.")
+    for wanted, names in reward.hears.items():
+        others = sorted({sound.sample_rate for sound in sounds} - {wanted})
+        if others:
+            who = f"{', '.join(names)} {'hears' if len(names) == 1 else 'hear'}"
+            say(f"Resampled to the {wanted} Hz that {who}: the files have {', '.join(map(str, others))} Hz.")
     for file, sound in zip(files, sounds, strict=True):
         if sound.clipped > CLIPPED:
             say(f"{file} is clipped: {sound.clipped:.1%} of its samples are at full scale. What was above is lost, and not scored.")

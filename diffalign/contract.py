@@ -72,10 +72,20 @@ def as_reward(thing: Any) -> Reward:
                 f"{type(thing).__name__} keeps a state, and does not say whether what it scores moves its scale: give its class "
                 "learns = True, or False where it does not."
             )
+        _check_declared(thing)
         return thing
     if callable(thing) and not isinstance(thing, type):
         return FunctionReward(thing)
     raise InputError(f"{thing!r} is no reward: give a name, a callable (images, prompts) -> (B,), or an object with 'differentiable'.")
+
+
+def _check_declared(thing: Any) -> None:
+    """Raise InputError for media that there are not, and for a rate that is none."""
+    modality, rate = thing.modality, thing.sample_rate if thing.modality == "audio" and isinstance(thing, SoundReward) else None
+    if modality not in ("image", "audio"):
+        raise InputError(f"{name_of(thing)} has the modality {modality!r}: give image or audio.")
+    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int) or rate < 1):
+        raise InputError(f"{name_of(thing)} has sample_rate {rate!r}: give a whole number of Hz, such as 16000, or None where any will do.")
 
 
 def short_name(name: str) -> str:
@@ -149,6 +159,13 @@ class CheckedReward:
     def sample_rate(self) -> int | None:
         """Of the sounds that it wants, Hz; None where any will do, and of pictures."""
         return self.reward.sample_rate if isinstance(self.reward, SoundReward) else None
+
+    @property
+    def hears(self) -> dict[int, list[str]]:
+        """Who hears at which rate, Hz: the reward, or the parts of one whose parts differ."""
+        rates = self.reward.rates if self.sample_rate is None and isinstance(self.reward, ComposedReward) else {self.name: self.sample_rate}
+        known = sorted({rate for rate in rates.values() if rate is not None})
+        return {rate: [name for name, its in rates.items() if its == rate] for rate in known}
 
     @property
     def learns(self) -> bool:
@@ -252,7 +269,8 @@ def check_gradient(reward: Reward, name: str, policy: Policy, prompts: Prompts) 
     if gradient is not None and not gradient.isfinite().all():
         cause = "it holds NaN or infinity"
     if cause:
+        looked_at = "sounds" if policy.modality == "audio" else "pictures"
         raise InputError(
-            f"The reward {name} says it is differentiable, but of its gradient with respect to the pictures {cause}. Look for detach(), "
+            f"The reward {name} says it is differentiable, but of its gradient with respect to the {looked_at} {cause}. Look for detach(), "
             "no_grad(), rounding or numpy on its way, or declare differentiable=False and use a method that needs no gradient."
         )

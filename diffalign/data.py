@@ -16,7 +16,7 @@ from torch import Generator
 from diffalign.errors import InputError
 from diffalign.media import data_uri, decode_image, fit, from_data_uri
 from diffalign.registry import MODELS, PROMPTS
-from diffalign.types import PicturePolicy, Policy, PromptField, Prompts, SoundPolicy
+from diffalign.types import PicturePolicy, Policy, PromptField, Prompts, SoundPolicy, says
 
 Metadata = tuple[tuple[str, str | int | float | bool], ...]  # names and values, in their order
 
@@ -163,7 +163,7 @@ def check_transcripts(prompts: Sequence[Prompt], policy: Policy | None) -> list[
     if policy is None or not prompts:
         return []
     if "transcript" not in takes(policy):
-        unsaid = [p for p in spoken if policy.modality != "audio" or p.transcript.lower() not in p.text.lower()]
+        unsaid = [p for p in spoken if policy.modality != "audio" or not says(p.text, p.transcript)]
         if unsaid:
             own = (
                 " It says the text itself: write the prompt so that the transcript is in it." if policy.modality == "audio" else " Drop it."
@@ -290,6 +290,7 @@ def _of_json(line: str, path: Path, number: int, root: Path | None) -> Prompt:
         raise InputError(f"{where}: the prompt is no text, or empty.")
     if said is not None and (not isinstance(said, str) or not said.strip()):
         raise InputError(f"{where}: the transcript is no text, or empty.")
+    _check_text(prompt + (said or ""), where)
     image, mask = (None if values.get(key) is None else _picture(values[key], key, where, root) for key in ("image", "mask"))
     if image is None and mask is not None:
         raise InputError(f"{where}: there is a mask, and no image that it is of.")
@@ -351,9 +352,15 @@ def check_prompts(prompts: Sequence[Any]) -> list[Prompt]:
             "(string, picture file, mask file), for speech of diffalign.SpokenPrompt(text, transcript)."
         )
     for prompt in pairs:
+        _check_text(caption_of(prompt), "prompts")
         if isinstance(prompt, PicturePrompt):
             prompt.open_both()
     return _alike([prompt.strip() if isinstance(prompt, str) else replace(prompt, text=prompt.text.strip()) for prompt in pairs])
+
+
+def _check_text(text: str, where: str) -> None:
+    if "\0" in text:  # which caches part texts with
+        raise InputError(f"{where}: {text!r} holds the character U+0000, which is of no text. Drop it.")
 
 
 def _usable(prompt: Any) -> bool:

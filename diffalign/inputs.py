@@ -12,7 +12,7 @@ from diffalign.composing import make_reward
 from diffalign.config import Plan
 from diffalign.console import say
 from diffalign.contract import CheckedReward, check_gradient, check_modality, short_name
-from diffalign.data import Prompt, batch_of, check_transcripts, hold_out, read_prompts, takes, without_pictures
+from diffalign.data import Prompt, SpokenPrompt, batch_of, check_transcripts, hold_out, read_prompts, takes, text_of, without_pictures
 from diffalign.errors import InputError
 from diffalign.examples import ExampleSet
 from diffalign.models import adapter_of, class_of
@@ -163,10 +163,22 @@ def check_read(rewards: Sequence[CheckedReward], prompts: Sequence[Prompt], poli
     """Raise InputError for a prompt that one of the rewards, which are open, cannot read: a recogniser does not spell every word."""
     if not prompts or not isinstance(policy, SoundPolicy) or policy.modality != "audio":
         return
+    if any(isinstance(reward.reward, ReadingReward) for reward in rewards):
+        _check_said_by_all(prompts)
     asked = replace(without_pictures(prompts), transcript=tuple(check_transcripts(prompts, policy)) or None)
     for reward in rewards:
         if isinstance(reward.reward, ReadingReward):
             reward.reward.check_prompts(asked, policy.samples / policy.sample_rate)
+
+
+def _check_said_by_all(prompts: Sequence[Prompt]) -> None:
+    """Raise InputError where some prompts come with a transcript and others without: rewards would hear for the others' whole text."""
+    lacking = [prompt for prompt in prompts if not isinstance(prompt, SpokenPrompt)]
+    if lacking and len(lacking) < len(prompts):
+        raise InputError(
+            f"The prompt '{text_of(lacking[0])}' has no transcript, and others have one: give each its own, which the reward hears for, "
+            "or none."
+        )
 
 
 def check_reward(plan: Plan, policy: Any, prompts: list[Prompt]) -> None:

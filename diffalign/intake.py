@@ -75,8 +75,9 @@ class Intake:
         try:
             data = contents(picture)
             key = digest(data)
-            new = key not in self.known and self.shelf.get(key) is None
-            content = self._read(data, picture.name, new) if new or self.reward is not None else None
+            first = key not in self.known
+            new = first and self.shelf.get(key) is None
+            content = self._read(data, picture.name, first, new or self.reward is not None)
         except Fault as fault:
             self.tally.note(fault)
             return None
@@ -87,20 +88,26 @@ class Intake:
                 self._embed()
         return Medium(key, None if self.reward is None else content)
 
-    def _read(self, data: bytes, name: str, new: bool) -> Tensor:
-        """The picture (3, H, W) or the sound (samples,) in these bytes, in the policy's size; Fault where it cannot be used."""
+    def _read(self, data: bytes, name: str, first: bool, wanted: bool) -> Tensor | None:
+        """The picture (3, H, W) or the sound (samples,) in these bytes, in the policy's size; None where it is not `wanted`.
+
+        Raises Fault where it cannot be used. A sound that comes the `first` time is counted by what becomes of it, also where the shelf
+        has it.
+        """
         rate = rate_of(self.policy)
         if rate is None:
-            return fit(decoded(data, name), self.policy.height, self.policy.width)
+            return fit(decoded(data, name), self.policy.height, self.policy.width) if wanted else None
+        if not (first or wanted):
+            return None
         try:
             heard = sound.decode_wav(data, name)
+            length = heard.length_at(rate, name)
         except InputError as error:
             raise Fault("sounds that cannot be read", str(error)) from error
-        waveform = heard.at(rate).waveform
-        self.clipped += new and heard.clipped > sound.CLIPPED
-        self.resampled += new and heard.sample_rate != rate
-        self.cut += new and len(waveform) > self.policy.samples
-        return sound.fit(waveform, self.policy.samples)
+        self.clipped += first and heard.clipped > sound.CLIPPED
+        self.resampled += first and heard.sample_rate != rate
+        self.cut += first and length > self.policy.samples
+        return sound.fit(heard.at(rate).waveform, self.policy.samples) if wanted else None
 
     def score(self, prompt: Prompt, content: Tensor) -> None:
         """Line a medium up for the reward."""
@@ -129,7 +136,9 @@ class Intake:
             f"cut to {self.policy.samples / rate:.3g} s": self.cut,
             f"clipped (at full scale for more than {sound.CLIPPED:.1%})": self.clipped,
         }
-        return "".join([f", {self.embedded:,} sounds embedded anew", *(f", {n:,} of them {how}" for how, n in what.items() if n)])
+        facts = [f"{n:,} {how}" for how, n in what.items() if n]
+        of_all = f"; of {len(self.known):,} sounds {', '.join(facts)}" if facts else ""
+        return f", {self.embedded:,} sounds embedded anew{of_all}"
 
     @torch.no_grad()
     def _embed(self) -> None:

@@ -18,7 +18,7 @@ from diffalign.errors import InputError
 from diffalign.noise import RectifiedFlow, diffuse, draw_noise, spread
 from diffalign.objectives.policy_gradient import gaussian_kl
 from diffalign.shards import draw_rows
-from diffalign.types import Condition, Examples, Level, NoisePath, Policy, Prompts, Schedule, Trajectory
+from diffalign.types import Condition, DroppingPolicy, Examples, Level, NoisePath, Policy, Prompts, Schedule, Trajectory
 
 Reduce = Literal["mean", "sum"]
 SDENoise = Literal["rising", "constant"]
@@ -225,8 +225,14 @@ def replay(policy: Policy, trajectory: Trajectory, steps: Tensor, rows: Tensor, 
 
 
 def without_some_text(policy: Policy, prompts: Prompts, share: float, rng: Generator) -> Condition:
-    """The condition of prompts of which a random `share` is empty, without guidance: what keeps guidance working in training."""
+    """The condition of prompts of which a random `share` is empty, without guidance: what keeps guidance working in training.
+
+    Where the unconditional branch is another than that of an empty text, that one (see `DroppingPolicy`).
+    """
     draws = draw_rows(len(prompts), rng, lambda n: torch.rand(n, generator=rng))
+    if isinstance(policy, DroppingPolicy) and policy.dropped is not None:
+        rows = torch.tensor([float(u) < share for u in draws])
+        return Condition(policy.dropped(policy.encode(prompts).tensors, rows))
     texts = tuple("" if float(u) < share else text for text, u in zip(prompts.text, draws, strict=True))
     said = prompts.transcript
     if said is not None:  # with the text goes what is said: the unconditional branch has neither

@@ -20,6 +20,8 @@ from diffalign.errors import InputError
 FULL = 32768  # the steps of 16 bits on each side of zero
 RATES = (1000, 1_000_000)  # Hz, of which any recording is: what says another is damaged
 MOST_PHASES = 20_000_000  # numbers of a resampling's filters: 160 MB
+EDGE = 1e-3  # how far beyond their bounds numbers may lie: what rounding does
+STREAMED = 0xFFFFFFFF  # the size that ffmpeg says of samples that go into a pipe: it does not know it yet
 CLIPPED = 0.001  # share of samples at full scale from which on a sound is called clipped
 MEND = "ffmpeg -i IN.wav -ac 1 -c:a pcm_s16le OUT.wav"
 
@@ -35,6 +37,11 @@ class Sound:
     def clipped(self) -> float:
         """The share of samples at full scale: what was above it is cut off."""
         return float((self.waveform.abs() >= 1 - 1 / FULL).float().mean())
+
+    def length_at(self, sample_rate: int, name: str) -> int:
+        """The samples that it has at another rate; raises InputError with `name` as `resample` does."""
+        first, second = _ratio(self.sample_rate, sample_rate, f"{name}, at {self.sample_rate} Hz, is")
+        return math.ceil(len(self.waveform) * second / first)
 
     def at(self, sample_rate: int) -> Sound:
         return Sound(resample(self.waveform[None], self.sample_rate, sample_rate)[0], sample_rate)
@@ -96,9 +103,9 @@ def decode_wav(data: bytes, name: str) -> Sound:
         raise InputError(f"{name} is empty: it holds no whole sample.")
     if not np.isfinite(waveform).all():
         raise InputError(f"{name} holds NaN or infinity: it is no sound. Make it again.")
-    if np.abs(waveform).max() > 1:
+    if np.abs(waveform).max() > 1 + EDGE:
         raise InputError(f"{name} holds samples up to {np.abs(waveform).max():.3g}, beyond full scale, 1. Scale it down, or: {MEND}")
-    return Sound(torch.from_numpy(waveform.astype(np.float32)), rate)
+    return Sound(torch.from_numpy(waveform.clip(-1, 1).astype(np.float32)), rate)
 
 
 def is_wav(data: bytes) -> bool:
@@ -122,7 +129,7 @@ def _parsed(data: bytes, name: str) -> tuple[int, int, int, int, bytes]:
         if chunk == b"data":
             if header is None:
                 break
-            if len(body) < size:
+            if len(body) < size != STREAMED:
                 raise InputError(f"{name} is cut short: {len(body):,} of {size:,} bytes are there. Fetch or make it again.")
             return *header, body
         at += 8 + size + size % 2
@@ -159,6 +166,17 @@ def _kernel(old: int, new: int, width: int, rolloff: float) -> tuple[Tensor, int
     return (torch.sinc(t) * window * base / old)[:, None], half
 
 
+def _ratio(old: int, new: int, what: str) -> tuple[int, int]:
+    common = math.gcd(old, new)
+    first, second = old // common, new // common
+    if first * second > MOST_PHASES:
+        raise InputError(
+            f"{what} not brought to {new} Hz here, since the two rates have no large common factor. Convert first: "
+            f"ffmpeg -i IN.wav -ar {new} OUT.wav"
+        )
+    return first, second
+
+
 def resample(waveform: Tensor, old: int, new: int, width: int = 16, rolloff: float = 0.95) -> Tensor:
     """(B, samples) at `old` Hz to (B, ceil(samples new / old)) at `new` Hz, differentiable: band-limited by a windowed sinc.
 
@@ -167,13 +185,7 @@ def resample(waveform: Tensor, old: int, new: int, width: int = 16, rolloff: flo
     """
     if old == new:
         return waveform
-    common = math.gcd(old, new)
-    first, second = old // common, new // common
-    if first * second > MOST_PHASES:
-        raise InputError(
-            f"Sounds at {old} Hz are not brought to {new} Hz here, since the two have no large common factor. Convert them first: "
-            f"ffmpeg -i IN.wav -ar {new} OUT.wav"
-        )
+    first, second = _ratio(old, new, f"Sounds at {old} Hz are")
     kernel, half = _kernel(first, second, width, rolloff)
     length = math.ceil(waveform.shape[-1] * second / first)
     padded = F.pad(waveform[:, None], (half, half + first))

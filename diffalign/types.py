@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -107,6 +108,18 @@ class Prompts:
             first.sample_rate,
             None if first.metadata is None else tuple(m for part in parts for m in part.metadata or ()),
         )
+
+
+def says(text: str, transcript: str) -> bool:
+    """Whether the transcript stands in the text, in whole words: "go" not in "gone". Writing without blanks or case, such as Chinese, has
+    its words anywhere."""
+    text, said = (" ".join(words.lower().split()) for words in (text, transcript))
+
+    def apart(before: str, after: str) -> bool:
+        return not all(c.isalnum() and unicodedata.category(c) != "Lo" for c in (before[-1:], after[:1]))
+
+    starts = [i for i in range(len(text) - len(said) + 1) if text.startswith(said, i)]
+    return any(apart(text[:i], said) and apart(said, text[i + len(said) :]) for i in starts)
 
 
 @dataclass(frozen=True)
@@ -345,6 +358,17 @@ class SoundPolicy(Policy, Protocol):
 
 
 @runtime_checkable
+class DroppingPolicy(Policy, Protocol):
+    """A policy that says what a prompt's tensors become where training leaves the text out, in `rows`, bool (B,).
+
+    `dropped` None, or none at all: those of the empty text.
+    """
+
+    @property
+    def dropped(self) -> Callable[[Mapping[str, Tensor], Tensor], Mapping[str, Tensor]] | None: ...
+
+
+@runtime_checkable
 class EditingPolicy(PicturePolicy, Protocol):
     """A policy that edits pictures, and is trained without them too."""
 
@@ -421,9 +445,9 @@ class ComposedReward(Reward, Protocol):
     """A reward of several parts: `total(measure(media, prompts))` is its call; `measure` gives each part's raw scores, (B,), by name.
 
     `learns` says whether a part of it does, or a running statistic moves, `waits` that statistics are lacking before `total` can be;
-    `presume` takes the first raw scores (N, parts) for them. `check` raises InputError for a prompt that no part is for, and of a
-    training's `whole` prompts for a part that is for none; `still` are the parts without a gradient, `weighted` the rewards whose weight
-    is not 0.
+    `presume` takes the first raw scores (N, parts) for them. `rates` are those of sounds that each part wants, Hz, by name. `check` raises
+    InputError for a prompt that no part is for, and of a training's `whole` prompts for a part that is for none; `still` are the parts
+    without a gradient, `weighted` the rewards whose weight is not 0.
     """
 
     @property
@@ -434,6 +458,8 @@ class ComposedReward(Reward, Protocol):
     def waits(self) -> bool: ...
     @property
     def weighted(self) -> Sequence[Reward]: ...
+    @property
+    def rates(self) -> Mapping[str, int | None]: ...
 
     def measure(self, media: Tensor, prompts: Prompts) -> dict[str, Tensor]: ...
     def total(self, raw: Mapping[str, Tensor]) -> Tensor: ...

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from diffalign.errors import InputError
 from diffalign.media import decode_image, to_pil, to_tensor
-from diffalign.sound import decode_wav
+from diffalign.sound import EDGE, decode_wav
 
 Encoding = Literal["png", "float16", "float32"]
 Kind = Literal["png", "wav", "safetensors", "path"]
 NAME = "media"  # of the tensor in a safetensors payload
-EDGE = 1e-3  # how far beyond their bounds numbers may lie: what rounding does
 
 
 def encode(media: Tensor, encoding: Encoding) -> dict[str, str]:

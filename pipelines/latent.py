@@ -68,7 +68,8 @@ class LatentPolicy:
     (B,) being diffusers' timesteps. `show(prompts)` is what it is shown besides text, with guidance and in the unconditional branch.
     `branches` and `mix` are its guidance; `told` is the guidance that a distilled network is told. `zeros_for_none`: without a negative
     prompt the unconditional branch is zeros. `keys` are what the cache of texts knows prompts by; where it holds the unconditional branch
-    of each too, under names with `NULL` before them, that is taken. `encoders` are the pipeline's text encoders, each with its tokenizer,
+    of each too, under names with `NULL` before them, that is taken. `dropped` is what texts become that training leaves out in some rows,
+    bool (B,); None: those of the empty text. `encoders` are the pipeline's text encoders, each with its tokenizer,
     `tokens` the length of a text where it can be chosen. The network computes in `dtype`; `came` is the dtype of each component before it
     was wrapped. `decoder` and `embedder` go from latents to media and back, through the pipeline's `coders`; `coding` is what they compute
     besides the weights. `uneven`: one batch may take more calls of the network than another. `notes` are what a person should be told.
@@ -96,6 +97,7 @@ class LatentPolicy:
     coding: tuple[object, ...] = ()
     unspeakable: Callable[[str], str | None] = says_nothing
     keys: Callable[[Prompts], Sequence[str]] = texts_of
+    dropped: Callable[[Named, Tensor], Named] | None = None
     uneven: bool = False
     came: Mapping[str, torch.dtype] = field(default_factory=dict[str, torch.dtype])
     takes: tuple[PromptField, ...] = ()

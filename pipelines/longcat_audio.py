@@ -35,6 +35,9 @@ def _voice(pipe: Any, seconds: float | None, tokens: int | None, negative_prompt
         each = pipe.vae_scale_factor / pipe.sample_rate
         raise InputError(f"audio_seconds is {asked:g}: this model makes sounds of {each:.3g} to {pipe.max_wav_duration:g} s.")
     samples, mark = frames * pipe.vae_scale_factor, "" if negative_prompt is None else f"\0{negative_prompt}"
+    why = None if negative_prompt is None else _unread(pipe.tokenizer, negative_prompt)
+    if why is not None:
+        raise InputError(f"The negative prompt '{negative_prompt}' cannot be used: {why}. It is read as it stands: write it otherwise.")
 
     def keys(prompts: Prompts) -> list[str]:
         check_said(prompts, False)
@@ -60,6 +63,7 @@ def _voice(pipe: Any, seconds: float | None, tokens: int | None, negative_prompt
         embedder=embed,
         coding=(vae.scale,),
         unspeakable=lambda said: _unspeakable(pipe.tokenizer, said),
+        dropped=_dropped,
         uneven=True,
         notes=(length,) if seconds is None else (),
     )
@@ -67,40 +71,51 @@ def _voice(pipe: Any, seconds: float | None, tokens: int | None, negative_prompt
 
 def _encode(pipe: Any, key: str, tokens: int, guided: bool, device: str | torch.device) -> list[Tensor]:
     """A prompt's tokens, (`tokens`, width) with zeros behind them, and how many there are; with guidance the same of the unconditional
-    branch. An empty prompt is one token of zeros, as training with dropped text wants it."""
+    branch. Raises InputError where the tokenizer would cut one of the two short."""
     from diffusers.pipelines.longcat_audio_dit.pipeline_longcat_audio_dit import _normalize_text
 
     text, named, negative = key.partition("\0")
-    words = pipe.encode_prompt([_normalize_text(text)], device)[0][0]
-    words = words if text else torch.zeros_like(words[:1])
-    unsaid = pipe.encode_prompt([negative], device)[0][0] if named else torch.zeros_like(words)
-    found = list[Tensor]()
-    for words_, whose in ((words, text), (unsaid, negative))[: 1 + guided]:
-        check_tokens(whose, len(words_), tokens)
-        found += [F.pad(words_, (0, 0, 0, tokens - len(words_))), torch.tensor(len(words_))]
-    return found
+    read, found = [_normalize_text(text), *([negative] if named and guided else [])], list[Tensor]()
+    for whose, plain in zip((text, negative), read, strict=False):
+        count, most = len(_ids(pipe.tokenizer, plain)), _most(pipe.tokenizer)
+        check_tokens(whose, count, tokens)
+        if count > most:
+            raise InputError(f"The prompt '{whose}' has {count} tokens, and the model reads {most} at most: write a shorter one.")
+        words = pipe.encode_prompt([plain], device)[0][0]
+        found += [F.pad(words, (0, 0, 0, tokens - len(words))), torch.tensor(len(words))]
+    return [*found, torch.zeros_like(found[0]), found[1]] if guided and not named else found
+
+
+def _dropped(tensors: Named, rows: Tensor) -> Named:
+    """Prompts with the text dropped in `rows`, bool (B,): zeros of its length, which is what guidance takes for no text."""
+    words = tensors["encoder_hidden_states"]
+    return {**tensors, "encoder_hidden_states": words.masked_fill(rows.to(words.device)[:, None, None], 0.0)}
+
+
+def _ids(tokenizer: Any, plain: str) -> list[int]:
+    """The tokens of a text, of any length."""
+    return tokenizer(plain, verbose=False).input_ids
+
+
+def _most(tokenizer: Any) -> int:
+    """How many tokens the pipeline's call reads; it leaves out the rest."""
+    return tokenizer.model_max_length if 0 < tokenizer.model_max_length <= 32768 else 512
 
 
 def _unspeakable(tokenizer: Any, said: str) -> str | None:
-    """Why a text would not be said as it stands: words that its tokenizer lacks, or more tokens than the pipeline's call reads. Punctuation
-    that is lacking changes no word."""
+    """Why a text would not be said as it stands."""
     from diffusers.pipelines.longcat_audio_dit.pipeline_longcat_audio_dit import _normalize_text
 
-    unknown = tokenizer.unk_token_id
+    return _unread(tokenizer, _normalize_text(said))
 
-    def ids(text: str) -> set[int]:
-        return {*tokenizer(text).input_ids}
 
-    def lacks(word: str) -> bool:
-        whole, bare = ids(word), ids("".join(filter(str.isalnum, word)))
-        return unknown in whole and (unknown in bare or not bare <= whole)
-
-    plain = _normalize_text(said)
-    found, most = tokenizer(plain).input_ids, tokenizer.model_max_length
-    most = most if 0 < most <= 32768 else 512  # as the call has it
-    lacking = [word for word in dict.fromkeys(plain.split()) if lacks(word)] if unknown in found else []
-    if lacking:
-        return f"its tokenizer lacks {', '.join(map(repr, lacking))}"
+def _unread(tokenizer: Any, plain: str) -> str | None:
+    """Why a text is not read as it stands: words with characters that the tokenizer lacks, also punctuation, since its token for what is
+    unknown changes what is said; or more tokens than the pipeline's call reads."""
+    unknown, found, most = tokenizer.unk_token_id, _ids(tokenizer, plain), _most(tokenizer)
+    if unknown in found:
+        lacking = [word for word in dict.fromkeys(plain.split()) if unknown in _ids(tokenizer, word)]
+        return f"its tokenizer lacks {', '.join(map(repr, lacking or [plain]))}"
     return f"it has {len(found)} tokens, and the model says {most} at most" if len(found) > most else None
 
 

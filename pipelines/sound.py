@@ -14,7 +14,7 @@ from diffalign.errors import InputError
 from diffalign.pipelines.common import PRECISIONS, check_parts, place, vae_dtype
 from diffalign.pipelines.latent import NULL, LatentPolicy, Named, says_nothing
 from diffalign.pipelines.unet import ATTENTION
-from diffalign.types import Modality, NoisePath, PromptField, Prompts
+from diffalign.types import Modality, NoisePath, PromptField, Prompts, says
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Voice:
     coding: tuple[object, ...]
     takes: tuple[PromptField, ...] = ()
     unspeakable: Callable[[str], str | None] = says_nothing
+    dropped: Callable[[Named, Tensor], Named] | None = None
     uneven: bool = False
     notes: tuple[str, ...] = ()
 
@@ -120,7 +121,7 @@ def check_given(pipe: Any, height: int | None, width: int | None, audio_seconds:
 def check_said(prompts: Prompts, speech: bool) -> None:
     """Raise InputError for transcripts that the pipeline would leave out: of those that are told the text alone, what is not in it."""
     for text, said in zip(prompts.text, () if speech else prompts.transcript or (), strict=False):
-        if said.lower() not in text.lower():
+        if not says(text, said):
             raise InputError(f"This pipeline says the text itself, and the transcript '{said}' is not in '{text}'.")
 
 

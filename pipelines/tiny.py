@@ -216,10 +216,10 @@ def _chat_tokenizer() -> Any:
     return words
 
 
-def text_t5(**config: Any) -> tuple[Any, Any]:
+def text_t5(letters: str = LETTERS, **config: Any) -> tuple[Any, Any]:
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -2.0) for c in LETTERS)]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -2.0) for c in letters)]
     words = T5Tokenizer(vocab=pieces, extra_ids=0, **config)
     small = T5Config(vocab_size=len(pieces), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu")
     return T5EncoderModel(small), words

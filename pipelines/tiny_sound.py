@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from string import punctuation
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -79,9 +80,13 @@ def longcat_audio(seed: int = 0, transformer: dict[str, Any] | None = None, **sc
     )
     with torch.no_grad():
         vae.decoder.layers[-2].weight_g.mul_(0.05)  # within full scale
+    text_encoder = UMT5EncoderModel(text)
+    with torch.random.fork_rng(devices=[]):  # punctuation besides, as the real one has it
+        words = text_t5(LETTERS + punctuation)[1]
+        text_encoder.resize_token_embeddings(len(words), mean_resizing=False)
     return quiet(
         LongCatAudioDiTPipeline(
-            vae=vae, text_encoder=UMT5EncoderModel(text), tokenizer=words, transformer=awake(network),
+            vae=vae, text_encoder=text_encoder, tokenizer=words, transformer=awake(network),
             scheduler=flow({"shift": 1.0, "invert_sigmas": True, **scheduler}),
         )
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,13 +27,24 @@ def beside(media: Tensor, prompts: Prompts, recordings: Recordings, sample_rate:
     """The recordings, (B, samples) as the sounds: silence follows those that are shorter. Raises InputError where one is longer."""
     found: list[Tensor] = []
     for waveform, text in zip(recordings.of(prompts, sample_rate), prompts.spoken, strict=True):
-        if len(waveform) > media.shape[1]:
-            raise InputError(
-                f"The recording of '{text}' is {len(waveform) / sample_rate:.2f} s long, and the sounds are "
-                f"{media.shape[1] / sample_rate:.2f}: make them as long (--audio-seconds), or cut the recording."
-            )
+        _check_length(text, len(waveform), media.shape[1], sample_rate)
         found.append(fit(waveform, media.shape[1]))
     return torch.stack(found).to(media.device)
+
+
+def _check_length(text: str, recorded: int, samples: int, sample_rate: int) -> None:
+    if recorded > samples:
+        raise InputError(
+            f"The recording of '{text}' is {recorded / sample_rate:.2f} s long, and the sounds are "
+            f"{samples / sample_rate:.2f}: make them as long (--audio-seconds), or cut the recording."
+        )
+
+
+def _check_beside(recordings: Recordings, prompts: Prompts, seconds: float, sample_rate: int) -> None:
+    """Raise InputError where `beside` would, of sounds of so many seconds."""
+    samples = math.ceil(round(seconds * sample_rate, 6))  # as resampled sounds have, and not one more for the last bits of the product
+    for text, recorded in zip(prompts.spoken, recordings.check_for(prompts, sample_rate), strict=True):
+        _check_length(text, recorded, samples, sample_rate)
 
 
 def si_sdr(sounds: Tensor, recordings: Tensor) -> Tensor:
@@ -74,8 +86,8 @@ class SISDR:
         return si_sdr(media, beside(media, prompts, self.recordings, self.sample_rate)).float().clamp(*self.range)
 
     def check_prompts(self, prompts: Prompts, seconds: float) -> None:
-        """Raise InputError for a prompt without a recording that can be used."""
-        self.recordings.check_for(prompts)
+        """Raise InputError for a prompt without a recording that can be used, and for one that is longer than the sounds."""
+        _check_beside(self.recordings, prompts, seconds, self.sample_rate)
 
     @cached_property
     def recordings(self) -> Recordings:
@@ -139,8 +151,8 @@ class Compared:
             ) from error
 
     def check_prompts(self, prompts: Prompts, seconds: float) -> None:
-        """Raise InputError for a prompt without a recording that can be used."""
-        self.recordings.check_for(prompts)
+        """Raise InputError for a prompt without a recording that can be used, and for one that is longer than the sounds."""
+        _check_beside(self.recordings, prompts, seconds, self.sample_rate)
 
     @cached_property
     def recordings(self) -> Recordings:

@@ -104,8 +104,13 @@ class Compose:
     @property
     def sample_rate(self) -> int | None:
         """Of sounds, Hz, where all parts want one rate; else None: each part's are brought to its own."""
-        rates = {part.reward.sample_rate if isinstance(part.reward, SoundReward) else None for part in self.parts}
+        rates = {*self.rates.values()}
         return rates.pop() if len(rates) == 1 else None
+
+    @property
+    def rates(self) -> dict[str, int | None]:
+        """Of sounds, Hz, those that the parts want, by label."""
+        return {part.label: part.reward.sample_rate if isinstance(part.reward, SoundReward) else None for part in self.parts}
 
     @property
     def running(self) -> list[Part]:

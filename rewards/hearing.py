@@ -140,16 +140,21 @@ class Letters:
         """The characters of a text that cannot be spelt, each once."""
         return "".join(dict.fromkeys(c for c in _plain(text) if c != " " and self._id(c) is None and not _silent(c)))
 
+    def check(self, plain: str, text: str) -> None:
+        """Raise InputError for characters of `plain`, which is written for the transcript `text`, that the network does not know."""
+        lacking = self.lacking(plain)
+        if lacking:
+            known = "".join(sorted(self.known))
+            named = " ".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in lacking)
+            raise InputError(f"The recogniser does not know {named} in '{text}': write it in the letters {known}")
+
     def spell(self, text: str) -> list[int]:
         """The ids of a text; raises InputError for characters that the network does not know, and where nothing is left.
 
         A letter is taken as it is, or in upper or lower case, where the alphabet has only that. Dashes part words, and punctuation that is
         not in the alphabet is left out.
         """
-        lacking = self.lacking(text)
-        if lacking:
-            known = "".join(sorted(self.known))
-            raise InputError(f"The recogniser does not know {' '.join(lacking)} in '{text}': write it in the letters {known}")
+        self.check(text, text)
         plain = "".join(c if c == " " or self._id(c) is not None else "" for c in _plain(text))
         ids = [self.delimiter if c == " " else self._id(c) for c in " ".join(plain.split())]
         found = [i for i in ids if i is not None]

@@ -23,7 +23,7 @@ SILENT = 1e-6  # the largest sample of a recording that says nothing: less than 
 
 
 @functools.lru_cache(maxsize=256)
-def _opened(path: Path, changed: int) -> Sound:
+def _opened(path: Path, changed: int, size: int) -> Sound:
     """A recording; `changed` is when, so that a file that was written anew is read anew."""
     sound = read_wav(path)
     if float(sound.waveform.abs().max()) < SILENT:
@@ -35,7 +35,13 @@ def _opened(path: Path, changed: int) -> Sound:
 
 def _open(path: Path) -> Sound:
     """Raises InputError where the file is missing, no .wav, or silent."""
-    return _opened(path, path.stat().st_mtime_ns if path.is_file() else 0)
+    return _opened(*identity(path))
+
+
+def identity(path: Path) -> tuple[Path, int, int]:
+    """What tells a file from others and from itself before it was written anew."""
+    found = path.stat() if path.is_file() else None
+    return path, found.st_mtime_ns if found else 0, found.st_size if found else 0
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,12 @@ class Recordings:
             for path in {_path(self.given)} if not self._is_list else set(self.listed.values()):
                 _open(path)
 
-    def check_for(self, prompts: Prompts) -> None:
-        """Open the recording of each prompt; raises InputError for a prompt that has none, or one that `check` refuses."""
-        for path in {*self.paths(prompts)}:
-            _open(path)
+    def check_for(self, prompts: Prompts, sample_rate: int) -> list[int]:
+        """Open the recording of each prompt; their samples at `sample_rate` Hz. Raises InputError for a prompt that has none,
+        or one that `check` refuses, or that is not brought to that rate."""
+        paths = self.paths(prompts)
+        lengths = {path: _open(path).length_at(sample_rate, f"The recording {path}") for path in {*paths}}
+        return [lengths[path] for path in paths]
 
     def of(self, prompts: Prompts, sample_rate: int) -> list[Tensor]:
         """For each prompt its recording (any,) at `sample_rate` Hz. Raises InputError for a prompt that has none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,6 +19,7 @@ from diffalign.rewards.common import DTYPES, Precision, check_fields, in_chunks
 from diffalign.rewards.hearing import (
     DIGITS,
     WAV2VEC2,
+    Letters,
     Recogniser,
     check_model,
     check_rate,
@@ -162,10 +163,13 @@ class ErrorRate:
         _ = self.listener
 
     def check_prompts(self, prompts: Prompts, seconds: float) -> None:
-        """Raise InputError for transcripts without words."""
+        """Raise InputError for transcripts without words, and of a CTC network for those that it can never write."""
         for text in prompts.spoken:
-            if not normal(text):
+            plain = normal(text)
+            if not plain:
                 raise InputError(f"There is nothing to be said in '{text}': give a transcript of words.")
+            if self._alphabet is not None:
+                self._alphabet.check(plain, text)
 
     def __call__(self, media: Tensor, prompts: Prompts) -> Tensor:
         """Sounds (B, samples) in [-1, 1] at `sample_rate` Hz and B prompts to (B,): 0 at best, below -1 where too much is said."""
@@ -181,13 +185,22 @@ class ErrorRate:
         """What is heard in sounds (B, samples), as the recogniser writes it."""
         return [text for part in media.split(self.batch_size) for text in self.listener(part)]
 
-    @cached_property
+    @property
     def listener(self) -> Callable[[Tensor], list[str]]:
         """From sounds to texts."""
+        return self._heard[0]
+
+    @property
+    def _alphabet(self) -> Letters | None:
+        """What a CTC network writes; None of a Whisper, which writes what it likes."""
+        return self._heard[1]
+
+    @cached_property
+    def _heard(self) -> tuple[Callable[[Tensor], list[str]], Letters | None]:
         folder, dtype = folder_of(self.model, self.revision, self.checkpoint), DTYPES[self.precision]
         config = config_of(folder, ("whisper", *WAV2VEC2))
         if config.model_type == "whisper":
-            return _whisper(folder, dtype, self.language, self.sample_rate)
+            return _whisper(folder, dtype, self.language, self.sample_rate), None
         if self.language is not None:
             raise InputError(f"language is {self.language}: only a Whisper of many languages is told one. Drop it.")
         recogniser = Recogniser.of(folder, dtype, self.sample_rate)
@@ -197,14 +210,25 @@ class ErrorRate:
             frames(recogniser.network, media.shape[1], recogniser.ear.sample_rate)
             return [recogniser.letters.read(path) for path in recogniser.log_probs(media).argmax(-1)]
 
-        return listen
+        return listen, recogniser.letters
 
     def tiny(self, folder: Path) -> ErrorRate:
-        """The same with a tiny random Wav2Vec2ForCTC of few letters, which is written into `folder`; it is told no language.
+        """The same with a tiny random Wav2Vec2ForCTC of few letters, which is written into `folder`; it is told no language, and takes all
+        transcripts, as a Whisper does.
 
         Not a Whisper: one of random weights hears the same in all short sounds, and policy gradients want samples that differ.
         """
-        return replace(self, checkpoint=tiny.save_recogniser(folder, letters="aeinot", sample_rate=self.sample_rate), language=None)
+        checkpoint = tiny.save_recogniser(folder, letters="aeinot", sample_rate=self.sample_rate)
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return _Twin(**{**own, "checkpoint": checkpoint, "language": None})
+
+
+class _Twin(ErrorRate):
+    """That of a dry run, whose few letters say nothing of what the real network writes."""
+
+    @property
+    def _alphabet(self) -> None:
+        return None
 
 
 def _whisper(folder: Path, dtype: torch.dtype, language: str | None, sample_rate: int) -> Callable[[Tensor], list[str]]:

@@ -17,7 +17,7 @@ from diffalign.errors import InputError
 from diffalign.rewards import tiny
 from diffalign.rewards.common import DTYPES, Precision, check_fields, in_chunks
 from diffalign.rewards.hearing import MASKING, WAV2VEC2, Ear, check_model, check_sounds, config_of, folder_of, frames
-from diffalign.rewards.recordings import Recordings
+from diffalign.rewards.recordings import Recordings, identity
 from diffalign.rewards.weights import load
 from diffalign.types import Modality, Prompts
 
@@ -32,7 +32,7 @@ class Features:
     ear: Ear
     of: Callable[[Tensor], Tensor]
     least: int = 1  # frames that it takes
-    kept: OrderedDict[Path, Tensor] = field(default_factory=OrderedDict[Path, Tensor])
+    kept: OrderedDict[tuple[Path, int, int], Tensor] = field(default_factory=OrderedDict[tuple[Path, int, int], Tensor])
 
     def check(self, samples: int) -> None:
         """Raise InputError where a sound of so many samples is too short."""
@@ -46,13 +46,13 @@ class Features:
     def recorded(self, recordings: Recordings, prompts: Prompts, device: torch.device) -> list[Tensor]:
         """The features of each prompt's recording, alone in its batch, since recordings are of any length."""
         self.network.to(device)
-        paths = recordings.paths(prompts)
-        for i, path in enumerate(paths):
-            if path not in self.kept:
+        files = [identity(path) for path in recordings.paths(prompts)]
+        for i, file in enumerate(files):
+            if file not in self.kept:
                 (waveform,) = recordings.of(prompts[[i]], self.ear.sample_rate)
                 self.check(len(waveform))
-                self.kept[path] = self.of(waveform[None].to(device))[0].cpu()
-        found = [self.kept[path].to(device) for path in paths]
+                self.kept[file] = self.of(waveform[None].to(device))[0].cpu()
+        found = [self.kept[file].to(device) for file in files]
         while len(self.kept) > KEPT:
             self.kept.popitem(last=False)
         return found
@@ -98,8 +98,9 @@ class SpeakerSimilarity:
         _ = self.features
 
     def check_prompts(self, prompts: Prompts, seconds: float) -> None:
-        """Raise InputError for a prompt without a recording that can be used."""
-        self.recordings.check_for(prompts)
+        """Raise InputError for a prompt without a recording that can be used, and for sounds or recordings that are too short."""
+        for samples in (round(seconds * self.sample_rate), *self.recordings.check_for(prompts, self.sample_rate)):
+            self.features.check(samples)
 
     @cached_property
     def recordings(self) -> Recordings:
@@ -177,8 +178,9 @@ class SpeechBERTScore:
         real = torch.arange(wanted.shape[1], device=media.device) < there[:, None]
         precision = cosines.masked_fill(~real[:, None], -2).amax(2).mean(1)
         recall = (cosines.amax(1) * real).sum(1) / there
-        if self.measure == "f1":
-            return 2 * precision * recall / (precision + recall)
+        if self.measure == "f1":  # a mean of shares: of cosines below 0 it would be anything, or NaN
+            precision, recall = precision.clamp(min=0), recall.clamp(min=0)
+            return 2 * precision * recall / (precision + recall).clamp(min=1e-8)
         return precision if self.measure == "precision" else recall
 
     def open(self) -> None:
@@ -187,8 +189,9 @@ class SpeechBERTScore:
         _ = self.features
 
     def check_prompts(self, prompts: Prompts, seconds: float) -> None:
-        """Raise InputError for a prompt without a recording that can be used."""
-        self.recordings.check_for(prompts)
+        """Raise InputError for a prompt without a recording that can be used, and for sounds or recordings that are too short."""
+        for samples in (round(seconds * self.sample_rate), *self.recordings.check_for(prompts, self.sample_rate)):
+            self.features.check(samples)
 
     @cached_property
     def recordings(self) -> Recordings:

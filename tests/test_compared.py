@@ -83,6 +83,20 @@ def test_recordings_are_brought_to_the_rate_and_the_length_of_the_sounds(files: 
         reward(media[:, :4000], TWO[:1])
 
 
+def test_recordings_are_held_against_the_sounds_length_and_rate_before_anything_is_made(files: Path) -> None:
+    write_wav(files / "odd.wav", tone(400.0), 44101)
+    write_wav(files / "long.wav", tone(400.0, 3 * 8192), 8000)
+    for make in (SISDR, Compared):
+        make(reference=files / "one.wav").check_prompts(TWO, 0.1)
+        with pytest.raises(InputError, match=r"The recording of 'one' is 0\.10 s long, and the sounds are 0\.10: make"):
+            make(reference=files / "one.wav").check_prompts(TWO, 0.0999)
+        with pytest.raises(InputError, match=r"The recording of 'one' is 3\.07 s long, and the sounds are 1\.02: make"):
+            make(reference=files / "long.wav").check_prompts(TWO, 1.024)
+    for make in (SISDR, Compared, SpeakerSimilarity, SpeechBERTScore):
+        with pytest.raises(InputError, match=r"The recording .*odd\.wav, at 44101 Hz, is not brought to 16000 Hz"):
+            make(reference=files / "odd.wav").check_prompts(TWO, 1.0)
+
+
 def test_recordings_that_cannot_be_had_are_named_before_anything_is_scored(files: Path) -> None:
     write_wav(files / "silent.wav", torch.zeros(100), 16000)
     (files / "noise.wav").write_bytes(b"RIFF")

@@ -17,11 +17,15 @@ import torch
 from torch import Tensor
 
 import diffalign
-from diffalign import sound
+from diffalign import sound, types
+from diffalign.cache import Shelf
+from diffalign.columns import Picture
 from diffalign.contract import CheckedReward, as_reward, check_modality
 from diffalign.data import PicturePrompt, SpokenPrompt, batch_of, caption_of, check_fit, check_prompts, known_as, read_prompts, write_file
 from diffalign.errors import InputError
+from diffalign.intake import Intake
 from diffalign.layouts import rows
+from diffalign.pipelines.sound import check_said
 from diffalign.records import Tally
 from diffalign.rewards.jpeg import JPEGCompressibility
 from diffalign.rewards.sound import Loudness, Silence
@@ -111,6 +115,18 @@ def test_resampling_removes_what_the_lower_rate_cannot_hold_and_is_linear():
     assert resample(high, 16000, 8000)[:, 200:-200].abs().max() < 5e-3
     both = resample(high + low, 16000, 8000)
     torch.testing.assert_close(both, resample(high, 16000, 8000) + resample(low, 16000, 8000), rtol=0, atol=1e-6)
+
+
+def test_floats_a_rounding_beyond_full_scale_and_the_wav_of_a_pipe_are_taken():
+    over = decode_wav(wav(struct.pack("<3f", 1.00001, -1.0009, 0.5), 3, bits=32), "x").waveform
+    assert over.tolist() == [1, -1, 0.5]
+    with pytest.raises(InputError, match=r"samples up to 1\.01, beyond"):
+        decode_wav(wav(struct.pack("<f", 1.01), 3, bits=32), "x")
+    body = struct.pack("<4h", 0, 16384, -8192, -32768)
+    whole = wav(body)
+    streamed = whole.replace(b"data" + struct.pack("<I", len(body)), b"data" + b"\xff" * 4)
+    assert streamed != whole
+    assert decode_wav(streamed, "x").waveform.tolist() == [0, 0.5, -0.25, -1]
 
 
 def test_rates_whose_filters_would_fill_the_memory_are_refused():
@@ -225,6 +241,21 @@ def test_a_class_of_sound_that_says_no_rate_is_refused():
 
     with pytest.raises(InputError, match="does not say at which rate"):
         as_reward(Mute())
+    for fields, said in (
+        (dict(sample_rate=0), "bad has sample_rate 0: give a whole number of Hz"),
+        (dict(sample_rate="8000"), "bad has sample_rate '8000'"),
+        (dict(sample_rate=-8000), "bad has sample_rate -8000"),
+        (dict(sample_rate=8000.0), r"bad has sample_rate 8000\.0"),
+        (dict(modality="video"), "bad has the modality 'video': give image or audio"),
+    ):
+        declared: Any = {"differentiable": False, "modality": "audio", **fields}
+
+        @diffalign.reward(**declared)
+        def bad(media: Tensor, prompts: Prompts) -> Tensor:
+            return media.mean(1)
+
+        with pytest.raises(InputError, match=said):
+            as_reward(bad)
     with pytest.raises(InputError, match=r"loudness judges sound, and this pipeline makes pictures\. Choose another"):
         check_modality(as_reward(Loudness()), "loudness", "image")
     with pytest.raises(InputError, match=r"jpeg judges pictures, and this pipeline makes sound"):
@@ -320,6 +351,50 @@ def test_prompts_are_held_against_what_is_said():
             batch_of([prompt], mute)
 
 
+def test_a_transcript_stands_in_the_text_in_whole_words():
+    assert types.says("man: go", "go")
+    assert types.says("Gone, GO now", "go  now")
+    assert types.says("go", "go")
+    assert types.says("女声说你好世界", "你好"), "which is written without blanks"
+    assert not types.says("man: gone", "go")
+    assert not types.says("man: ago", "go")
+    mute: Any = Speaker(takes=())
+    with pytest.raises(InputError, match="says the text itself"):
+        check_said(Prompts(("man: gone",), transcript=("go",)), speech=False)
+    with pytest.raises(InputError, match="the text itself"):
+        check_fit([SpokenPrompt("man: gone", "go")], mute)
+
+
+def test_the_character_that_caches_part_texts_with_is_refused(tmp_path: Path):
+    for prompt in ("a\0b", SpokenPrompt("a", "b\0")):
+        with pytest.raises(InputError, match=r"holds the character U\+0000"):
+            check_prompts([prompt])
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a\0b"}))
+    with pytest.raises(InputError, match=r"line 1: 'a.x00b' holds the character U\+0000"):
+        read_prompts(str(tmp_path / "p.jsonl"))
+
+
+def test_sounds_on_their_way_into_a_training(tmp_path: Path):
+    class Embeds(Speaker):
+        module = torch.nn.Linear(1, 1)
+
+        def embed(self, media: Tensor) -> Tensor:
+            return media[:, None]
+
+    write_wav(tmp_path / "odd.wav", sine(440, 44101), 44101)
+    write_wav(tmp_path / "long.wav", torch.ones(1000), 8000)
+    for _ in range(2):  # the second time the shelf has it
+        intake = Intake(Embeds(), Shelf(tmp_path / "shelf"), None, Tally(skip=True), print)
+        assert intake.take(Picture("odd.wav", tmp_path / "odd.wav")) is None
+        assert intake.take(Picture("long.wav", tmp_path / "long.wav")) == intake.take(Picture("again.wav", tmp_path / "long.wav"))
+        intake.finish()
+        assert "odd.wav, at 44101 Hz, is not brought to 16000 Hz" in intake.tally.in_words()
+        assert intake.in_words().endswith(
+            "of 1 sounds 1 resampled to 16000 Hz, 1 cut to 0.05 s, 1 clipped (at full scale for more than 0.1%)"
+        )
+    assert intake.embedded == 0
+
+
 def test_data_of_sounds(tmp_path: Path):
     for name in "abc":
         write_wav(tmp_path / f"{name}.wav", sine(440, 16000), 16000)
@@ -350,9 +425,17 @@ def test_score_reads_sounds(tmp_path: Path, run_cli: Callable[..., Any]) -> None
     outcome = run_cli("score", "--reward", "silence", "a.wav", "b.wav")
     assert outcome.status == 0, outcome.err
     assert "Resampled to the 16000 Hz that silence hears: the files have 8000 Hz" in outcome.err
+    parts = ["compose", "--reward.parts", '[{"name": "silence"}, {"name": "digits-quality"}]']
+    outcome = run_cli("score", "--reward", *parts, "b.wav")
+    assert outcome.status == 0, outcome.err
+    assert "Resampled to the 8000 Hz that digits-quality hears: the files have 16000 Hz" in outcome.err
+    assert "that silence" not in outcome.err
     (tmp_path / "stereo.wav").write_bytes(wav(b"\0" * 8, channels=2))
-    for flags, says in (
+    write_wav(tmp_path / "odd.wav", sine(440, 44101), 44101)
+    for flags, said in (
         (["--reward", "silence", "stereo.wav"], "has 2 channels"),
+        (["--reward", "silence", "odd.wav"], "odd.wav, at 44101 Hz, is not brought to 16000 Hz here"),
+        (["--reward", *parts, "odd.wav"], "odd.wav, at 44101 Hz, is not brought to 8000 Hz here"),
         (["--reward", "silence", "none.wav"], "There is no file none.wav"),
         (["--reward", "silence", "a.wav", "--image", "x.png"], "--image: silence judges sound"),
         (["--reward", "jpeg-compressibility", "a.wav"], "a.wav is a sound, and jpeg-compressibility judges pictures"),
@@ -360,4 +443,5 @@ def test_score_reads_sounds(tmp_path: Path, run_cli: Callable[..., Any]) -> None
     ):
         outcome = run_cli("score", *flags)
         assert outcome.status == 2
-        assert says in outcome.err
+        assert said in outcome.err
+        assert "Resampled" not in outcome.err

@@ -206,8 +206,9 @@ def test_what_cannot_be_said(said: str, why: str | None):
 
 def test_words_that_longcats_tokenizer_lacks_are_named():
     said = of("LongCat").unspeakable
-    assert said("Two cats") is said('"two" & cats!') is None, "as the pipeline brings texts to lower case, and punctuation says nothing"
+    assert said("Two cats") is said('"two" & cats!') is None, "as the pipeline brings texts to lower case"
     assert said("Two CAFÉS at 7, cafés") == "its tokenizer lacks 'cafés', '7,'"
+    assert said("two… cats\u200b") == r"its tokenizer lacks 'two…', 'cats\u200b'", "its token for what is unknown is heard"
     assert said("a " * 600) == "it has 1201 tokens, and the model says 512 at most"
     assert of("AudioLDM2").unspeakable("cafés") is None, "sounds of a text, which is not said"
 
@@ -222,13 +223,26 @@ def test_a_prompt_that_is_too_long_is_named():
             policy.encode(Prompts(("a very long prompt of sound",)))
 
 
+def test_longcats_texts_are_counted_before_they_are_cut_and_its_negative_prompt_is_read_too():
+    short = longcat_audio()
+    short.tokenizer.model_max_length = 12
+    with pytest.raises(InputError, match=r"'a very long prompt of sound' has \d\d tokens, and the model reads 12 at most: write a shorter"):
+        policy_of(short).encode(Prompts(("a very long prompt of sound",)))
+    with pytest.raises(InputError, match=r"negative prompt 'a very long one' cannot be used: it has \d\d tokens, and the model says 12 at"):
+        policy_of(short, negative_prompt="a very long one")
+    with pytest.raises(InputError, match=r"negative prompt 'BAD' cannot be used: its tokenizer lacks 'BAD'. It is read as it stands"):
+        policy_of(longcat_audio(), negative_prompt="BAD")
+    with pytest.raises(InputError, match=r"'a bad and noisy one' has \d\d tokens, and 12 are kept of each"):
+        policy_of(longcat_audio(), negative_prompt="a bad and noisy one", max_sequence_length=12).encode(Prompts(("a fox",)))
+
+
 def test_dropped_text_is_the_unconditional_branch(policy: Any):
     prompts = prompts_for(policy)
     dropped, whole = without_some_text(policy, prompts, 1.0, Generator().manual_seed(0)), policy.encode(prompts)
     assert whole.null is not None
     x_t, at = policy.prior(whole, Generator().manual_seed(0)), policy.path.schedule(4).now[1]
     unconditional = policy.predict(x_t, at, Condition(whole.null))
-    if policy.takes:  # the others' is as long as the prompt, and that of no text is not
+    if policy is not of("AudioLDM2"):  # whose branch is padded to the prompt, which that of no text is not
         torch.testing.assert_close(policy.predict(x_t, at, dropped), unconditional)
     assert (policy.predict(x_t, at, dropped) - policy.predict(x_t, at, Condition(whole.tensors))).abs().max() > 1e-3
 

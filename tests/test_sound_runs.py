@@ -128,7 +128,7 @@ def test_data_at_another_rate_and_of_another_length(speech: Path, tmp_path: Path
     flags = ["--pipeline", speech / "model", *FEW[:-2], "--method", "diffusion-dpo", "--eval-size", 0]
     outcome = run_cli("train", *flags, "--data", "d", "--output", "run")
     assert outcome.status == 0, outcome.err
-    assert "2 sounds embedded anew, 2 of them resampled to 16000 Hz, 1 of them cut to 0.32 s" in outcome.err
+    assert "2 sounds embedded anew; of 2 sounds 2 resampled to 16000 Hz, 1 cut to 0.32 s" in outcome.err
     (tmp_path / "d" / "b.wav").write_bytes(b"no sound")
     outcome = run_cli("train", *flags, "--data", "d", "--output", "other")
     assert outcome.status == 2

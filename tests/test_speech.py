@@ -14,10 +14,13 @@ from torch import Tensor
 
 from diffalign.composing import compose
 from diffalign.contract import CheckedReward
+from diffalign.data import SpokenPrompt
 from diffalign.errors import InputError
+from diffalign.inputs import check_read
 from diffalign.registry import find
 from diffalign.rewards import hearing, tiny
 from diffalign.rewards.hearing import Ear, Letters
+from diffalign.rewards.sound import Loudness
 from diffalign.rewards.speech import CTC, ErrorRate, edits, normal
 from diffalign.rewards.weights import quiet
 from diffalign.types import Prompts, SoundReward
@@ -299,6 +302,7 @@ def test_error_rates_against_counts_by_hand(monkeypatch: pytest.MonkeyPatch) -> 
     heard = ["One too three.", "", "one two three four five six seven", "four"]
     prompts = Prompts(("one two three", "one two", "ONE, TWO!", "five"))
     monkeypatch.setattr(ErrorRate, "transcribe", lambda self, media: heard)
+    monkeypatch.setattr(ErrorRate, "_alphabet", None)
     assert ErrorRate()(sounds(4, 100), prompts).tolist() == pytest.approx([-1 / 3, -1, -5 / 2, -1])
     # "one too three" to "one two three": one letter of 13; "four" to "five": three of four
     assert ErrorRate(unit="character")(sounds(4, 100), prompts).tolist() == pytest.approx([-1 / 13, -1, -26 / 7, -3 / 4])
@@ -321,6 +325,40 @@ def test_a_ctc_networks_transcript_is_its_best_path(tmp_path: Path) -> None:
     assert len(wanted[0]) > 3
     assert wanted[0] != wanted[1]
     assert reward(media, Prompts(tuple(wanted))).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("said", "lacks"), [("7", "7"), ("man: seven", "m a"), ("siete \u00f1", "\u00f1"), ("se\u200bven", r"U\+200B"), ("Five, SIX!", None)]
+)
+def test_what_a_ctc_recogniser_never_writes_is_named(said: str, lacks: str | None, tmp_path: Path) -> None:
+    reward = ErrorRate(model="digits", sample_rate=8000)
+    if lacks is None:
+        reward.check_prompts(Prompts((said,)), 1.0)
+    else:
+        with pytest.raises(InputError, match=f"does not know {lacks} in '{said}': write it in the letters efghino"):
+            reward.check_prompts(Prompts((said,)), 1.0)
+        with pytest.raises(InputError, match=f"does not know {lacks} in"):
+            reward(sounds(1, 8000), Prompts((said,)))
+    reward.tiny(tmp_path).check_prompts(Prompts((said,)), 1.0)  # which is another network than the one that will hear
+
+
+def test_prompts_of_which_some_have_no_transcript_are_refused_where_a_reward_hears_for_them() -> None:
+    class Voice:
+        path = module = property(lambda self: None)
+        modality, takes, sample_rate, samples = "audio", (), 8000, 8000
+
+        def unspeakable(self, transcript: str) -> str | None:
+            return None
+
+        encode = prior = predict = decode = embed = reference = save = unspeakable
+
+    hears, mixed = CheckedReward(ErrorRate(model="digits", sample_rate=8000), "wer"), [SpokenPrompt("man: six", "six"), "five"]
+    voice: Any = Voice()
+    with pytest.raises(InputError, match="The prompt 'five' has no transcript, and others have one"):
+        check_read([hears], mixed, voice)
+    check_read([hears], mixed[:1], voice)
+    check_read([hears], mixed[1:], voice)
+    check_read([CheckedReward(Loudness(), "loudness")], mixed, voice)
 
 
 def test_a_whispers_transcript_is_transformers_own(tmp_path: Path) -> None:
@@ -352,7 +390,7 @@ def test_every_row_has_a_twin_of_its_class_that_scores(name: str, tmp_path: Path
     made, preset = find("rewards", name)
     reward = made(**preset, batch_size=1)
     assert all(isinstance(thing, SoundReward) for thing in [reward])  # which reads the rate: no weights are loaded for that
-    assert not {"recogniser", "listener"} & set(vars(reward))
+    assert not {"recogniser", "_heard"} & set(vars(reward))
     twin = reward.tiny(tmp_path)
     checked = CheckedReward(twin, name)
     checked.open()

@@ -17,6 +17,7 @@ from diffalign.contract import CheckedReward
 from diffalign.errors import InputError
 from diffalign.registry import find
 from diffalign.rewards import tiny
+from diffalign.rewards.recordings import Recordings
 from diffalign.rewards.voices import SpeakerSimilarity, SpeechBERTScore
 from diffalign.sound import read_wav, write_wav
 from diffalign.types import Prompts, SoundReward
@@ -121,6 +122,26 @@ def test_a_recording_is_heard_once(folder: Path) -> None:
     for _ in range(2):
         reward(sounds(3, 7000), THREE)
     assert heard == [5000, 8000, 6321, 7000, 7000]
+    write_wav(folder / "anew.wav", sounds(1, 5000)[0], 16000)
+    own = Recordings(folder / "anew.wav")
+    first = features.recorded(own, THREE[:1], torch.device("cpu"))[0]
+    write_wav(folder / "anew.wav", sounds(1, 6000, 5)[0], 16000)
+    assert not torch.equal(features.recorded(own, THREE[:1], torch.device("cpu"))[0], first), "another file by the same name"
+
+
+def test_f1_of_cosines_below_zero_is_zero() -> None:
+    class As:
+        @staticmethod
+        def of(media: Tensor) -> Tensor:
+            return media
+
+    score = SpeechBERTScore(measure="f1")
+    score.__dict__["features"] = As
+    theirs = torch.tensor([[[-1.0, 0.0], [-1.0, 0.0]], [[-1.0, 0.0], [1.0, 0.0]]])
+    media = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [-1.0, 0.0]]], requires_grad=True)
+    found = score._score(media, theirs, torch.tensor([2, 2]))
+    assert found.tolist() == pytest.approx([0, 1])
+    assert torch.autograd.grad(found.sum(), media)[0].isfinite().all()
 
 
 def test_what_is_too_short_or_unknown_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -129,6 +150,11 @@ def test_what_is_too_short_or_unknown_is_refused(folder: Path, tmp_path: Path) -
     with pytest.raises(InputError, match=r"too short, 0\.16 s: 15 frames, and 16 are needed"):
         reward(sounds(1, 2575), THREE[:1])
     write_wav(tmp_path / "short.wav", sounds(1, 1600)[0], 16000)
+    with pytest.raises(InputError, match="too short"):
+        replace(reward, reference=tmp_path / "short.wav").check_prompts(THREE[:1], 1.0)
+    with pytest.raises(InputError, match="too short"):
+        reward.check_prompts(THREE[:1], 0.1)
+    reward.check_prompts(THREE[:1], 1.0)
     with pytest.raises(InputError, match="too short"):
         replace(reward, reference=tmp_path / "short.wav")(sounds(1, 7000), THREE[:1])
     wrong: list[tuple[Any, dict[str, Any], str]] = [
