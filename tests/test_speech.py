@@ -352,13 +352,13 @@ def test_prompts_of_which_some_have_no_transcript_are_refused_where_a_reward_hea
 
         encode = prior = predict = decode = embed = reference = save = unspeakable
 
-    hears, mixed = CheckedReward(ErrorRate(model="digits", sample_rate=8000), "wer"), [SpokenPrompt("man: six", "six"), "five"]
+    hears, mixed = CheckedReward(ErrorRate(model="digits", sample_rate=8000), "wer"), [SpokenPrompt("man: six", "six"), "five"]  # pyright: ignore[reportArgumentType]
     voice: Any = Voice()
     with pytest.raises(InputError, match="The prompt 'five' has no transcript, and others have one"):
         check_read([hears], mixed, voice)
     check_read([hears], mixed[:1], voice)
     check_read([hears], mixed[1:], voice)
-    check_read([CheckedReward(Loudness(), "loudness")], mixed, voice)
+    check_read([CheckedReward(Loudness(), "loudness")], mixed, voice)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_whispers_transcript_is_transformers_own(tmp_path: Path) -> None:
