@@ -55,18 +55,17 @@ def watch(rows: Iterable[Row], done: int, steps: int, shown: bool = True) -> Ite
 
 
 def evaluated(evaluation: Mapping[str, Any]) -> str:
-    """What an evaluation is of: `64 held-out prompts`, or how many of them the run was trained on."""
-    count, seen = evaluation["prompts"], evaluation.get("trained_on") or 0
+    """What an evaluation is of: `64 held-out prompts`, or how many of them the run was trained on; and how many samples of each."""
+    count, seen, draws = evaluation["prompts"], evaluation.get("trained_on") or 0, evaluation.get("draws", 1)
+    drawn = f", {draws} samples of each" if draws > 1 else ""
     if not seen:
-        return f"{count} held-out prompts"
-    return f"{count} training prompts" if seen >= count else f"{count} prompts, {seen} of them trained on"
+        return f"{count} held-out prompts{drawn}"
+    return f"{count} training prompts{drawn}" if seen >= count else f"{count} prompts, {seen} of them trained on{drawn}"
 
 
 def comparison(evaluation: Mapping[str, Any]) -> Table:
     """The held-out table of an evaluation."""
-    draws = evaluation.get("draws", 1)
-    of_each = f", {draws} samples of each" if draws != 1 else ""
-    table = Table(title=f"{evaluated(evaluation)}{of_each}, same noise", title_justify="left")
+    table = Table(title=f"{evaluated(evaluation)}, same noise", title_justify="left")
     for column in ("reward", "before", "after", "difference", "95% interval", "win rate"):
         table.add_column(column, justify="left" if column == "reward" else "right")
     for name, row in evaluation["rewards"].items():

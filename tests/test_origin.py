@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import run_folders
 
+from diffalign.console import evaluated
 from diffalign.errors import InputError
 from diffalign.origin import check_finished, evaluation_of, origin_of, reached
 
@@ -71,3 +72,16 @@ def test_an_evaluation_that_does_not_say_so_is_asked_what_was_trained_on(tmp_pat
     assert evaluation_of(run)["trained_on"] == 1
     run.write_prompts("train", ["c"])
     assert evaluation_of(run)["trained_on"] == 0
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "said"),
+    [
+        ({"prompts": 8}, "8 held-out prompts"),
+        ({"prompts": 8, "draws": 3, "trained_on": 0}, "8 held-out prompts, 3 samples of each"),
+        ({"prompts": 8, "draws": 1, "trained_on": 8}, "8 training prompts"),
+        ({"prompts": 8, "draws": 2, "trained_on": 3}, "8 prompts, 3 of them trained on, 2 samples of each"),
+    ],
+)
+def test_what_an_evaluation_is_of(evaluation: dict[str, Any], said: str) -> None:
+    assert evaluated(evaluation) == said
